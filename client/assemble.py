@@ -1,0 +1,119 @@
+"""From ``site.toml`` to a running site: data read at start, base model loaded once and kept."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from client.audit_log import AuditLog
+from client.config import SiteConfig
+from client.policy import Policy
+from client.privacy.ledger import Ledger
+from client.site import Resources, Site
+from common.adapted import AdaptedModel
+from common.code import code_digest
+from common.config import LoraSection, TaskSection
+from common.data.load import load_rows
+from common.data.read import Rows, count_rows
+from common.errors import ConfigError
+from common.examples import Examples
+from common.model import Placement, digest_of, load_base, locate
+from common.plan import Plan
+from common.tasks.registry import task_of
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Resident:
+    """Models and data kept between messages.
+
+    A base model is loaded once per (files, task, LoRA layout) and stays. Examples are encoded once per data set and
+    task.
+    """
+
+    config: SiteConfig
+    folders: dict[str, Path]
+    """Weight digest → folder of an allowed base model."""
+    loads: int = 0
+    """How many times a base model was loaded."""
+    _models: dict[tuple[str, TaskSection, LoraSection], AdaptedModel] = field(default_factory=dict)
+    _examples: dict[tuple[str, TaskSection, str], Examples] = field(default_factory=dict)
+    _rows: dict[tuple[str, str], Rows] = field(default_factory=dict)
+
+    def model(self, plan: Plan) -> AdaptedModel:
+        """The resident model of a plan; another plan's model makes room for it."""
+        key = (plan.model_digest, plan.task, plan.lora)
+        if key not in self._models:
+            self._models.clear()
+            device = self.config.device
+            placement = Placement.choose(device.device, device.dtype, device.gradient_checkpointing)
+            task = task_of(plan.task)
+            base = load_base(self.folders[plan.model_digest], task, placement, plan.task.pooling)
+            self._models[key] = AdaptedModel(base, task, plan.lora)
+            self.loads += 1
+            log.info("base model loaded (%d so far in this process)", self.loads)
+        return self._models[key]
+
+    def warm_up(self) -> None:
+        """Reads every data set now, so that an unreadable file stops the agent from starting, and never a round."""
+        for data in self.config.data.values():
+            count_rows(data.path, data.split)
+
+    def rows(self, name: str, task_name: str, task_settings: TaskSection) -> Rows:
+        """The rows of a data set, read once."""
+        key = (name, task_name)
+        if key not in self._rows:
+            data = self.config.data[name]
+            self._rows[key], _ = load_rows(data.path, data.split, task_of(task_settings), data.columns)
+        return self._rows[key]
+
+    def examples(self, plan: Plan, model: AdaptedModel) -> Examples:
+        """The plan's data, encoded once; rows that cannot be learnt from stay as void examples."""
+        key = (plan.data, plan.task, plan.model_digest)
+        if key not in self._examples:
+            encoded, _ = model.task.encode(self.rows(plan.data, plan.task.name, plan.task), model.base.tokenizer)
+            self._examples[key] = Examples(encoded, model.task)
+        return self._examples[key]
+
+
+def build_site(config: SiteConfig) -> tuple[Site, Resident]:
+    """The site as its agent serves it.
+
+    Raises:
+        ConsiliumError: a model or data set of ``site.toml`` cannot be used, or the ledger.
+    """
+    if config.device.threads is not None:
+        torch.set_num_threads(config.device.threads)
+    folders = {digest_of(folder): folder for folder in map(locate, config.models)}
+    resident = Resident(config, folders)
+    state = config.site.state
+    size = declared_size(config)
+    site = Site(
+        config.site.name,
+        Policy(size, config.policy, tuple(config.data), tuple(folders)),
+        Ledger(state),
+        AuditLog(state / "audit.jsonl"),
+        Resources(resident.model, resident.examples, config.device.physical_batch),
+        code_digest(),
+        fixed_seed=config.testing.seed if config.testing else None,
+        claims_epsilon=config.testing is None,
+    )
+    return site, resident
+
+
+def declared_size(config: SiteConfig) -> int:
+    """The public size as a number; ``"exact"`` counts the rows of the site's one data set.
+
+    Raises:
+        ConfigError: ``"exact"`` with several data sets.
+    """
+    if config.policy.public_size != "exact":
+        return config.policy.public_size
+    if len(config.data) != 1:
+        raise ConfigError('policy.public_size = "exact": needs exactly one [data.NAME]; declare a number instead')
+    (data,) = config.data.values()
+    return count_rows(data.path, data.split)

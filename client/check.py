@@ -1,0 +1,45 @@
+"""``consilium site check``: the only place where faults in a site's data are told, and only at the site."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from client.assemble import declared_size
+from client.config import SiteConfig
+from common.config import TaskSection, validate
+from common.data.load import load_rows
+from common.data.split import count
+from common.model import Placement, load_base, locate
+from common.tasks.registry import task_of
+
+SHOWN = 20
+
+
+def check_site(config: SiteConfig, task_name: str, labels: tuple[str, ...]) -> dict[str, Any]:
+    """Reads all data, encodes every row as a plan would, and says what would be shared.
+
+    Args:
+        labels: the plan's label names (sequence classification).
+
+    Raises:
+        ConsiliumError: settings, models or files cannot be used at all.
+    """
+    settings = validate(TaskSection, {"name": task_name, "labels": labels}, "--task/--labels")
+    task = task_of(settings)
+    base = load_base(locate(config.models[0]), task, Placement.choose("cpu"), settings.pooling)
+    data = {}
+    for name, entry in config.data.items():
+        rows, _ = load_rows(entry.path, entry.split, task, entry.columns)
+        _, faults = task.encode(rows, base.tokenizer)
+        data[name] = {
+            "rows": count(rows),
+            "faults": len({fault.row for fault in faults}),
+            "first_faults": [vars(fault) for fault in faults[:SHOWN]],
+        }
+    shared = {
+        "site": config.site.name,
+        "public_size": declared_size(config),
+        "tasks": list(config.policy.tasks),
+        "max_rank": config.policy.max_rank,
+    }
+    return {"data": data, "shared": shared}

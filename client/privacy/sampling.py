@@ -1,0 +1,50 @@
+"""Secret randomness of one round at one site, and Poisson sampling from it.
+
+A round has one 32-byte secret. Everything random in it (who is sampled, the noise, dropout) is derived from the secret
+by HMAC-SHA256 with a label and the step, so that a crash re-executes the same release and nothing else can.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+
+@dataclass(frozen=True)
+class RoundSecret:
+    """The secret of one round. Never logged, never sent; ``repr`` does not show it."""
+
+    value: bytes = field(repr=False)
+
+    @classmethod
+    def from_system(cls) -> RoundSecret:
+        """Fresh entropy from the operating system: what a deployment uses."""
+        return cls(secrets.token_bytes(32))
+
+    @classmethod
+    def fixed(cls, seed: int, site: str, round: int) -> RoundSecret:
+        """A reproducible secret for simulations and tests; no privacy is claimed against those who know the seed."""
+        return cls(hashlib.sha256(f"fixed\0{seed}\0{site}\0{round}".encode()).digest())
+
+    def derive(self, label: str, step: int) -> bytes:
+        """32 bytes for one purpose in one step."""
+        return hmac.digest(self.value, f"{label}\0{step}".encode(), "sha256")
+
+    def torch_seed(self, label: str, step: int) -> int:
+        """A seed for ``torch.Generator``."""
+        return int.from_bytes(self.derive(label, step)[:8], "little", signed=False) >> 1
+
+
+def poisson_sample(n: int, sample_rate: float, secret: RoundSecret, step: int) -> npt.NDArray[np.int64]:
+    """Indices of the units in this step: each of the ``n`` independently with probability ``sample_rate``.
+
+    This is the sampling the accountant assumes (Abadi et al. 2016, arXiv 1607.00133, §3.1: "lot"); shuffled batches of
+    a fixed size are not. The result may be empty.
+    """
+    generator = np.random.Generator(np.random.PCG64(int.from_bytes(secret.derive("sample", step), "little")))
+    return np.flatnonzero(generator.random(n) < sample_rate)

@@ -1,0 +1,189 @@
+"""What a site does with a request, readable from top to bottom.
+
+``train``: check plan and policy → reserve the round in the ledger → train under the privacy mechanism → release through
+the egress gate → record. Nothing that depends on the data decides whether a reply comes, which kind, or how large.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from client import egress
+from client.audit_log import AuditLog
+from client.policy import Policy
+from client.privacy.budget import state_privacy
+from client.privacy.ledger import Decision, Ledger, PlanEntry, Population, Reservation
+from client.privacy.mechanism import mechanism_for
+from client.privacy.sampling import RoundSecret
+from client.trainer import train_round
+from common.adapted import AdaptedModel
+from common.adapter import AdapterState
+from common.errors import AdapterError, PrivacyError, WireError
+from common.examples import Examples
+from common.messages import DescribeRequest, RefusalReason, SiteDescription, TrainReply, TrainRequest
+from common.plan import Plan, read_plan
+
+log = logging.getLogger(__name__)
+
+WHOLE_SITE = "site"
+"""The one population: data the site does not know how to tell apart are charged to the same budget."""
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a site trains with."""
+
+    model: Callable[[Plan], AdaptedModel]
+    """The resident base model with the plan's adapter attached."""
+    examples: Callable[[Plan, AdaptedModel], Examples]
+    """The plan's data, encoded once."""
+    physical_batch: int
+
+
+class Site:
+    """One institution. Implements :class:`common.messages.SiteService`; the agent serves it, a simulation calls it."""
+
+    def __init__(
+        self,
+        name: str,
+        policy: Policy,
+        ledger: Ledger,
+        audit: AuditLog,
+        resources: Resources,
+        code_digest: str,
+        fixed_seed: int | None = None,
+        claims_epsilon: bool = True,
+    ) -> None:
+        self.name, self.policy, self.ledger, self.audit = name, policy, ledger, audit
+        self.resources, self.code_digest = resources, code_digest
+        self.fixed_seed, self.claims_epsilon = fixed_seed, claims_epsilon
+        self._one_at_a_time = threading.Lock()
+        section = policy.section
+        ledger.declare(
+            Population(WHOLE_SITE, "example", policy.public_size, section.lifetime_epsilon, section.lifetime_delta)
+        )
+
+    # ---- describe: is this plan welcome? -----------------------------------------------------------------------
+
+    def describe(self, request: DescribeRequest) -> SiteDescription:
+        """Shows the plan to the policy (and to a person, if it says so); answers with the public description."""
+        with self._one_at_a_time:
+            entry = self._consider(request)
+        section = self.policy.section
+        return egress.description(
+            self.name,
+            entry,
+            self.code_digest,
+            section.tasks,
+            section.max_rank,
+            self.policy.public_size,
+            fixed_keys=not self.claims_epsilon,
+        )
+
+    def _consider(self, request: DescribeRequest) -> PlanEntry | RefusalReason:
+        if request.code_digest != self.code_digest:
+            return RefusalReason.CODE_MISMATCH
+        try:
+            plan = read_plan(request.plan)
+        except WireError:
+            return RefusalReason.UNKNOWN_PLAN
+        digest = plan.digest()
+        bound = self.ledger.plan_of_run(request.run_id)
+        if plan.run_id != request.run_id or (bound is not None and bound.digest != digest):
+            return RefusalReason.PLAN_CHANGED
+        if bound is None:
+            self._receive(plan, digest)
+        entry = self.ledger.plan(digest)
+        assert entry is not None
+        return entry
+
+    def _receive(self, plan: Plan, digest: str) -> None:
+        """Policy first, then the calibrated cost, then the decision. Looks at no data."""
+        refusal = self.policy.refusal(plan)
+        statement = None
+        if refusal is None:
+            try:
+                statement = state_privacy(plan, self.policy.public_size)
+            except PrivacyError:
+                refusal = RefusalReason.POLICY
+        self.ledger.receive(digest, plan.run_id, plan.canonical(), WHOLE_SITE, statement, refusal)
+        self.audit.append("plan received", run=plan.run_id, plan=digest, refusal=refusal)
+        if refusal is None and self.policy.section.approval == "automatic":
+            decision = self.ledger.approve(digest)
+            self.audit.append("plan decided", run=plan.run_id, plan=digest, decision=decision, by="policy")
+
+    # ---- train: one round ---------------------------------------------------------------------------------------
+
+    def train(self, request: TrainRequest) -> TrainReply:
+        """One round: the stored release if there is one, else reserve, train, release, record."""
+        with self._one_at_a_time:
+            entry = self.ledger.plan(request.plan_digest)
+            if entry is None or entry.run_id != request.run_id:
+                return egress.refuse(self.name, RefusalReason.UNKNOWN_PLAN)
+            if entry.decision is Decision.WAITING:
+                return egress.pending(self.name)
+            if entry.decision is Decision.REFUSED:
+                return egress.refuse(self.name, entry.refusal or RefusalReason.POLICY)
+            outcome = self._released(read_plan(entry.body), request)
+            if isinstance(outcome, RefusalReason):
+                self.audit.append("round refused", run=request.run_id, round=request.round, reason=outcome)
+                return egress.refuse(self.name, outcome)
+            return egress.reply(self.name, request, request.digest(), outcome)
+
+    def _released(self, plan: Plan, request: TrainRequest) -> bytes | RefusalReason:
+        if not 1 <= request.round <= plan.rounds:
+            return RefusalReason.OUT_OF_ORDER
+        digest = request.digest()
+        stored = self.ledger.release(request.plan_digest, request.round, digest)
+        if stored is not None:
+            return stored
+        model = self.resources.model(plan)
+        try:
+            model.spec.check(request.adapter, "request")
+        except AdapterError:
+            return RefusalReason.ADAPTER_LAYOUT
+        if model.spec.digest() != plan.adapter_digest:
+            return RefusalReason.ADAPTER_LAYOUT
+        phase = plan.phase_of(request.round)
+        reservation = self.ledger.reserve(
+            request.plan_digest,
+            request.round,
+            digest,
+            phase.name,
+            phase.steps,
+            lambda: self._fresh_secret(request.round),
+        )
+        if isinstance(reservation, RefusalReason):
+            return reservation
+        self.audit.append("round reserved", run=request.run_id, round=request.round, request=digest)
+        names = model.trained_in(phase, request.round)
+        payload = egress.release(self._update(plan, request, reservation, model, names), model.spec.part(names))
+        self.ledger.record(reservation, payload)
+        self.audit.append("round released", run=request.run_id, round=request.round, request=digest)
+        return payload
+
+    def _update(
+        self, plan: Plan, request: TrainRequest, reservation: Reservation, model: AdaptedModel, names: tuple[str, ...]
+    ) -> AdapterState:
+        mechanism = mechanism_for(
+            plan.privacy.mechanism, reservation.phase, self.policy.public_size, reservation.secret
+        )
+        return train_round(
+            model,
+            self.resources.examples(plan, model),
+            request.adapter,
+            plan.phase_of(request.round),
+            names,
+            mechanism,
+            reservation.secret,
+            self.resources.physical_batch,
+        )
+
+    def _fresh_secret(self, round: int) -> RoundSecret:
+        """From the operating system; in simulations and tests from the fixed seed, whatever the run is called."""
+        if self.fixed_seed is None:
+            return RoundSecret.from_system()
+        return RoundSecret.fixed(self.fixed_seed, self.name, round)

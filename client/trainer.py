@@ -1,0 +1,83 @@
+"""Local training of one round: from the received adapter to the update, through the privacy mechanism."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+
+from client.privacy.mechanism import PrivacyMechanism
+from client.privacy.sampling import RoundSecret
+from common.adapted import AdaptedModel, Cut
+from common.adapter import AdapterState
+from common.config import PhaseSection
+from common.examples import Batch, Examples
+from common.messages import Tensors
+
+log = logging.getLogger(__name__)
+
+
+def train_round(
+    model: AdaptedModel,
+    examples: Examples,
+    received: Tensors,
+    phase: PhaseSection,
+    names: Iterable[str],
+    mechanism: PrivacyMechanism,
+    secret: RoundSecret,
+    rows: int,
+    step_done: Callable[[], None] = lambda: None,
+) -> AdapterState:
+    """Runs the phase's local steps and returns θ_local − θ_received of exactly ``names``, fp32.
+
+    Args:
+        rows: rows of one physical batch.
+        step_done: called after each step (progress at the site).
+    """
+    names = tuple(names)
+    model.load(received)
+    cut = model.cut_for(names, received)
+    with model.training(names) as parameters, torch.random.fork_rng():
+        optimizer = _optimizer(phase, parameters.values())
+        with mechanism.attach(model.peft, parameters, optimizer):
+            for step in range(phase.steps):
+                torch.manual_seed(secret.torch_seed("dropout", step))
+                chosen = mechanism.sample(len(examples), step)
+                for batch in examples.batches(chosen, rows, model, cut):
+                    _accumulate(model, mechanism, examples, batch, rows, cut)
+                mechanism.step(step)
+                step_done()
+        trained = model.state(names)
+    return {name: trained[name] - np.asarray(received[name]) for name in names}
+
+
+def _accumulate(
+    model: AdaptedModel, mechanism: PrivacyMechanism, examples: Examples, batch: Batch, rows: int, cut: Cut
+) -> None:
+    """One physical batch; if it fails, each of its examples alone, and one that fails alone contributes zero.
+
+    The shape stays the same, so the other examples' gradients are the same either way.
+    """
+    try:
+        mechanism.accumulate(lambda: _losses(model, batch, cut))
+    except (RuntimeError, IndexError, ValueError):
+        if len(batch.indices) == 1:
+            log.warning("an example failed in training and contributes zero; 'consilium site check' may tell why")
+            return
+        for index in batch.indices:
+            for alone in examples.batches(np.array([index]), rows, model, cut):
+                _accumulate(model, mechanism, examples, alone, rows, cut)
+
+
+def _losses(model: AdaptedModel, batch: Batch, cut: Cut) -> torch.Tensor:
+    """Loss of each row [B]; exactly zero where the row's weight is zero."""
+    losses = model.task.per_example_loss(model.top(batch.inputs, batch.mask, cut), batch.targets)
+    return torch.where(batch.weights > 0, losses, torch.zeros_like(losses))
+
+
+def _optimizer(phase: PhaseSection, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    if phase.optimizer == "adamw":
+        return torch.optim.AdamW(list(parameters), lr=phase.learning_rate, weight_decay=0.0)
+    return torch.optim.SGD(list(parameters), lr=phase.learning_rate)

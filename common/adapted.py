@@ -1,0 +1,345 @@
+"""A resident base model with one LoRA adapter (and head) attached: load a state, choose what trains, run it.
+
+The model is cut into ``prefix`` (a constant of the example, cacheable) and ``top`` (what training changes). Every
+trainer and evaluator goes through these two, so a cached and an uncached run execute the same top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from common.adapter import AdapterSpec, AdapterState, kaiming_rows, orthonormal_rows
+from common.algorithms import LOCAL_RULES
+from common.config import LoraSection, PhaseSection
+from common.errors import ModelError, did_you_mean
+from common.messages import Tensors
+from common.model import BaseModel, layer_stack, pool, top_of
+from common.tasks.base import Task
+
+Group = Literal["head", "A", "B"]
+"""What a tensor is: the task's head, or the A (down) or B (up) matrix of a LoRA pair."""
+
+ATTENTION_DEFAULTS = (("query", "value"), ("q_proj", "v_proj"), ("c_attn",), ("q_lin", "v_lin"), ("q", "v"))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where the frozen prefix ends: before layer ``layer``, or (``None``) after pooling, right before the head."""
+
+    layer: int | None
+
+    def key(self) -> str:
+        """A name for caches."""
+        return "features" if self.layer is None else f"layer{self.layer}"
+
+
+INPUT = Cut(0)
+"""No prefix: the top is the whole model and starts from token ids."""
+
+
+class AdaptedModel:
+    """Base model + LoRA + head under PEFT, with canonical tensor names.
+
+    Raises:
+        ModelError: a target module does not exist, or the head cannot be trained with the chosen pooling.
+    """
+
+    def __init__(self, base: BaseModel, task: Task, lora: LoraSection) -> None:
+        self.base, self.task, self.lora = base, task, lora
+        self.network = base.network
+        self._encoder = base.encoder
+        self._targets = self._target_modules()
+        self.depth = len(layer_stack(self._encoder) or ())
+        self.first_adapted = self._first_adapted()
+        self._heads = self._head_names()
+        self.peft: PeftModel = self._attach()
+        self._parameters = self._canonical_parameters()
+        self.spec = AdapterSpec.of(base.digest, {name: tuple(p.shape) for name, p in self._parameters.items()})
+        self._tops: dict[int, nn.Module | None] = {}
+
+    # ---- layout -----------------------------------------------------------------------------------------------
+
+    def _target_modules(self) -> tuple[str, ...]:
+        linears = {
+            name.rsplit(".", 1)[-1]
+            for name, module in self._encoder.named_modules()
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        }
+        if self.lora.target_modules:
+            for wanted in self.lora.target_modules:
+                if wanted not in linears:
+                    raise ModelError(
+                        f"lora.target_modules: the model has no linear module '{wanted}'{did_you_mean(wanted, linears)}"
+                    )
+            return self.lora.target_modules
+        for names in ATTENTION_DEFAULTS:
+            if set(names) <= linears:
+                return names
+        raise ModelError(f"lora.target_modules: no default for this model; name some of {', '.join(sorted(linears))}")
+
+    def _first_adapted(self) -> int:
+        if self.lora.layers is None or not self.depth:
+            return 0
+        if self.lora.layers > self.depth:
+            raise ModelError(f"lora.layers = {self.lora.layers}: the model has only {self.depth} layers")
+        return self.depth - self.lora.layers
+
+    def _head_names(self) -> tuple[str, ...]:
+        """Top-level modules beside the encoder that hold parameters: the task's head."""
+        if self.task.peft_type == "CAUSAL_LM":
+            return ()
+        prefix = self.network.base_model_prefix
+        return tuple(
+            name
+            for name, module in self.network.named_children()
+            if name != prefix and any(True for _ in module.parameters())
+        )
+
+    def _attach(self) -> PeftModel:
+        everywhere = self.first_adapted == 0
+        config = LoraConfig(
+            task_type=self.task.peft_type,
+            r=self.lora.r,
+            lora_alpha=self.lora.alpha,  # type: ignore[arg-type]  # PEFT divides; a float is exact
+            lora_dropout=self.lora.dropout,
+            use_rslora=self.lora.use_rslora,
+            target_modules=list(self._targets),
+            layers_to_transform=None if everywhere else list(range(self.first_adapted, self.depth)),
+            modules_to_save=list(self._heads) or None,
+            bias="none",
+        )
+        peft = get_peft_model(self.network, config)
+        peft.eval()
+        for parameter in peft.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return peft
+
+    def _canonical_parameters(self) -> dict[str, nn.Parameter]:
+        """Canonical PEFT name → parameter, for everything the adapter consists of."""
+        found = {}
+        for name, parameter in self.peft.named_parameters():
+            if parameter.requires_grad:
+                found[name.replace(".modules_to_save.default", "").replace(".default", "")] = parameter
+        return found
+
+    def group_of(self, name: str) -> Group:
+        """Whether a tensor is the head, an A or a B matrix."""
+        if ".lora_A." in name:
+            return "A"
+        return "B" if ".lora_B." in name else "head"
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer a LoRA tensor sits in, counted from the input; ``None`` for the head."""
+        if self.group_of(name) == "head":
+            return None
+        return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+    def trained_in(self, phase: PhaseSection, round: int) -> tuple[str, ...]:
+        """Names of exactly the tensors a site trains (and releases) in a round of this phase. Sorted."""
+        wanted: set[Group] = {"head"} if "head" in phase.train else set()
+        if "lora" in phase.train:
+            wanted.update(LOCAL_RULES[phase.algorithm].trains(round))
+        lowest = 0 if phase.layers is None else self.depth - phase.layers
+        return tuple(
+            name
+            for name in self.spec.names
+            if self.group_of(name) in wanted and ((layer := self.layer_of(name)) is None or layer >= lowest)
+        )
+
+    # ---- state ------------------------------------------------------------------------------------------------
+
+    def initial_state(self, seed: int, orthonormal: bool) -> AdapterState:
+        """The adapter before round 1, from public information only: B = 0, A from the public seed, head per task.
+
+        A has orthonormal rows (``ffa``), or LoRA's usual uniform entries (Hu et al. 2021, arXiv 2106.09685).
+        """
+        state: AdapterState = {}
+        for name, shape in self.spec.shapes:
+            if self.group_of(name) != "A":
+                state[name] = np.zeros(shape, np.float32)
+            elif orthonormal:
+                state[name] = orthonormal_rows(shape[0], shape[1], seed, name)
+            else:
+                state[name] = kaiming_rows(shape[0], shape[1], seed, name)
+        if self._heads:
+            state.update(self._initial_head())
+        return state
+
+    def _initial_head(self) -> AdapterState:
+        """Row k of a linear head = the centred, scaled embedding of label name k (public text); biases zero."""
+        settings = getattr(self.task, "settings", None)
+        weights = [name for name in self.spec.names if self.group_of(name) == "head" and name.endswith("weight")]
+        if settings is None or settings.head_init != "label-names" or self.base.pooling == "model" or len(weights) != 1:
+            return {}
+        embedded = self._embed(list(settings.labels))
+        embedded -= embedded.mean(axis=0)
+        norms = np.linalg.norm(embedded, axis=1, keepdims=True)
+        return {weights[0]: np.ascontiguousarray(settings.head_scale * embedded / np.maximum(norms, 1e-6), np.float32)}
+
+    def _embed(self, texts: list[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        rows = []
+        for text in texts:
+            ids = torch.tensor([self.base.tokenizer(text)["input_ids"]], device=self.base.placement.device)
+            rows.append(self.prefix(ids, torch.ones_like(ids), Cut(None))[0].float().cpu().numpy())
+        return np.stack(rows)
+
+    def load(self, state: Tensors) -> None:
+        """Puts a full adapter state in place.
+
+        Raises:
+            AdapterError: another layout.
+        """
+        self.spec.check(state, "adapter")
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(torch.from_numpy(np.asarray(state[name])))
+
+    def state(self, names: Iterable[str] | None = None) -> AdapterState:
+        """A copy of the adapter's tensors as fp32 arrays."""
+        chosen = self.spec.names if names is None else tuple(names)
+        return {name: self._parameters[name].detach().float().cpu().numpy().copy() for name in chosen}
+
+    @contextmanager
+    def training(self, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
+        """Makes exactly these tensors trainable; yields them by name. Everything stays in eval mode but the adapter's
+        own leaf modules (linear maps and dropout), so no row's result depends on another row."""
+        chosen = {name: self._parameters[name] for name in names}
+        wanted = {id(parameter) for parameter in chosen.values()}
+        touched = []
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(id(parameter) in wanted)
+        for name, module in self.peft.named_modules():
+            own = any(id(parameter) in wanted for parameter in module.parameters(recurse=False))
+            if own or (".lora_dropout." in name and isinstance(module, nn.Dropout)):
+                module.train()
+                touched.append(module)
+        try:
+            yield chosen
+        finally:
+            for module in touched:
+                module.eval()
+            for parameter in self._parameters.values():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+    # ---- prefix and top ---------------------------------------------------------------------------------------
+
+    def cut_for(self, names: Iterable[str], state: Tensors) -> Cut:
+        """The latest point up to which activations do not depend on anything that is trained or adapted.
+
+        Training only the head cuts after pooling while every B of the adapter is still zero (the adapter then adds
+        exactly nothing); else the cut lies before the first adapted layer.
+        """
+        if self.base.pooling == "model" and self.task.selects_pooling:
+            return INPUT
+        only_head = all(self.group_of(name) == "head" for name in names)
+        if only_head and self._heads and not any(np.any(state[n]) for n in self.spec.names if self.group_of(n) == "B"):
+            return Cut(None)
+        return self.layer_cut
+
+    @property
+    def layer_cut(self) -> Cut:
+        """The cut before the first adapted layer; ``INPUT`` where nothing lies below it, or the family is unknown."""
+        return Cut(self.first_adapted) if self.first_adapted and self._top(self.first_adapted) is not None else INPUT
+
+    def features(self, hidden: torch.Tensor, mask: torch.Tensor, cut: Cut) -> torch.Tensor:
+        """Frozen pooled features [B, H] from what ``prefix`` returned at a layer cut."""
+        assert cut.layer
+        view = self._top(cut.layer)
+        assert view is not None
+        with torch.no_grad(), self.peft.disable_adapter():
+            return pool(view(inputs_embeds=hidden, attention_mask=mask).last_hidden_state, mask, self.base.pooling)
+
+    def _top(self, layer: int) -> nn.Module | None:
+        if layer not in self._tops:
+            self._tops[layer] = top_of(self._encoder, layer)
+        return self._tops[layer]
+
+    def prefix(self, ids: torch.Tensor, mask: torch.Tensor, cut: Cut) -> torch.Tensor:
+        """Frozen activations: features [B, H] or hidden states [B, T, H] entering ``cut.layer``.
+
+        Args:
+            ids: token ids [B, T].
+            mask: attention mask [B, T].
+        """
+        with torch.no_grad(), self.peft.disable_adapter():
+            if cut.layer is None:
+                return pool(self._encode(input_ids=ids, attention_mask=mask), mask, self.base.pooling)
+            return self._hidden_before(cut.layer, ids, mask)
+
+    def _hidden_before(self, layer: int, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        stack = layer_stack(self._encoder)
+        assert stack is not None
+
+        def stop(_: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+            raise _Reached(arguments[0] if arguments else keywords["hidden_states"])
+
+        hook = stack[layer].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            self._encode(input_ids=ids, attention_mask=mask)
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            hook.remove()
+        raise AssertionError("the layer was not reached")
+
+    def _encode(self, **inputs: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = self._encoder(**inputs).last_hidden_state
+        return states
+
+    def top(self, hidden: torch.Tensor, mask: torch.Tensor, cut: Cut) -> torch.Tensor:
+        """Logits from the cut on.
+
+        Args:
+            hidden: what ``prefix`` returned; for ``INPUT`` the token ids [B, T].
+            mask: attention mask [B, T] (unused after pooling).
+        """
+        if cut.layer is None:
+            return self._head(hidden)
+        if cut == INPUT:
+            if self.task.selects_pooling and self.base.pooling == "model":
+                logits: torch.Tensor = self.network(input_ids=hidden, attention_mask=mask).logits
+                return logits
+            states = self._encode(input_ids=hidden, attention_mask=mask)
+        else:
+            view = self._top(cut.layer)
+            assert view is not None
+            states = view(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
+        return self._head(pool(states, mask, self.base.pooling) if self.task.selects_pooling else states)
+
+    def _head(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits from pooled features [B, H] or, for a language model, from token states [B, T, H]."""
+        if not self._heads:
+            output = self.network.get_output_embeddings()  # type: ignore[no-untyped-call]
+            assert output is not None
+            logits: torch.Tensor = output(features)
+            return logits
+        if len(self._heads) != 1:
+            raise ModelError("task.pooling: this model's head has several modules; use task.pooling = 'model'")
+        head: Any = getattr(self.network, self._heads[0])
+        logits = head(features.float())
+        return logits
+
+    def peft_config(self) -> dict[str, Any]:
+        """PEFT's own description of the adapter, as plain JSON values; the base is named by digest, not by a path."""
+        config = self.peft.peft_config["default"].to_dict()
+        config["base_model_name_or_path"] = None
+        config["inference_mode"] = True
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+
+
+class _Reached(Exception):
+    """Carries hidden states out of a forward pass that need not go on."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden

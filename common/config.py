@@ -1,0 +1,425 @@
+"""Every setting of a run, typed and documented, and how it is read from TOML.
+
+``RunConfig`` is what a researcher or coordinator writes (``run.toml``). What touches privacy in it becomes the
+:class:`common.plan.Plan` that sites agree to. Settings that belong to a site (paths, devices, public size) live in the
+site's own ``site.toml`` (``client/config.py``); in a simulation ``[data]`` and ``[simulation]`` synthesise them.
+
+All problems of a file are reported at once, each with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from common.algorithms import LOCAL_RULES
+from common.errors import ConfigError, did_you_mean
+
+SCHEMA_VERSION = 1
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Base of all settings: frozen, and unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """``[run]``: what this run is called and its public seed."""
+
+    name: str = Field(default="consilium", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name shown in reports. Letters, digits, dot, dash, underscore."""
+    seed: int = Field(default=0, ge=0)
+    """Seeds what is public only: initialisation of the adapter and cohorts. Never sampling or noise at a site."""
+
+
+class ModelSection(Section):
+    """``[model]``: the frozen base model."""
+
+    name: str = "minilm"
+    """``minilm`` (ships with the package index), a local folder, or a hub id."""
+    revision: str | None = None
+    """Hub revision; ignored for local folders."""
+
+
+class TaskSection(Section):
+    """``[task]``: what is learnt. Labels and templates come from here, never from private data."""
+
+    name: str = "sequence-classification"
+    """``sequence-classification`` or ``causal-lm``."""
+    labels: tuple[str, ...] = ()
+    """Sequence classification: all label names in the order of their ids."""
+    max_length: int = Field(default=128, ge=8, le=8192)
+    """Longest encoded example in tokens; longer ones are cut."""
+    pooling: Literal["auto", "mean", "cls", "last", "model"] = "auto"
+    """How token states become one feature vector. ``auto``: ``mean`` where the model's own files say it was trained so,
+    ``last`` for decoders, else ``model`` (the stock head's own way; its features cannot be cached)."""
+    head_init: Literal["label-names", "zero"] = "label-names"
+    """How the classification head starts: from the embeddings of the label names (public text), or at zero."""
+    head_scale: Positive = 1.0
+    """Norm of each row of a head initialised from label names."""
+    prompt_template: str = "{prompt}\n"
+    """Causal LM: text before the completion; ``{prompt}`` is replaced. ``chat`` uses the tokenizer's chat template."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TaskSection:
+        if self.name == "sequence-classification":
+            if len(self.labels) < 2:
+                raise ValueError("labels: at least two label names are needed for sequence-classification")
+            if len(set(self.labels)) != len(self.labels):
+                raise ValueError("labels: a label name appears twice")
+        if self.name == "causal-lm" and self.prompt_template != "chat" and "{prompt}" not in self.prompt_template:
+            raise ValueError("prompt_template: must contain {prompt}, or be 'chat'")
+        return self
+
+
+class DataSection(Section):
+    """``[data]``: which data set a plan asks for, and where a *simulation* finds it."""
+
+    name: str = Field(default="default", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """A plan's name for the data; selects ``[data.NAME]`` in each site's own ``site.toml``."""
+    path: str | None = None
+    """Simulation: a folder with train/validation/test files (csv, jsonl, parquet), one file, or a hub data set id."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """The task's fields → column names, e.g. ``{text = "note", label = "class"}``. Default: the field's own name."""
+    site_column: str | None = None
+    """Simulation: the column whose value names the site (the natural partition)."""
+    sites: Count | None = None
+    """Simulation: without ``site_column``, deal the rows out to so many sites (IID, seeded by ``run.seed``)."""
+
+
+class LoraSection(Section):
+    """``[lora]``: the adapter's shape."""
+
+    r: Count = 8
+    """Rank."""
+    alpha: Positive = 16.0
+    """Scale numerator: an adapter adds ``alpha / r · B A`` (``alpha / sqrt(r) · B A`` with ``use_rslora``)."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout on the adapter's input; its randomness belongs to the site."""
+    target_modules: tuple[str, ...] = ()
+    """Names of the linear modules that get an adapter. Empty: attention query and value of the model's family."""
+    layers: Count | None = None
+    """Adapt only the top so many layers. Empty: all layers."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732)."""
+
+
+class PrivacySection(Section):
+    """``[privacy]``: what each site is promised for the whole run."""
+
+    mechanism: Literal["dp-sgd", "none"] = "dp-sgd"
+    """``dp-sgd`` (default), or ``none``: no privacy, loudly reported."""
+    epsilon: Positive | None = 8.0
+    """ε of all rounds of all phases together, at each site, under add/remove of one unit."""
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """δ. Empty: the largest power of ten not above 1/(10·public_size), never above 1e-5, at each site."""
+    unit: Literal["example"] = "example"
+    """What one unit is."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PrivacySection:
+        if self.mechanism == "dp-sgd" and self.epsilon is None:
+            raise ValueError("epsilon: must be given with mechanism = 'dp-sgd'; or set mechanism = 'none'")
+        return self
+
+
+class PhaseSection(Section):
+    """One ``[[phase]]``: what is trained, for how many rounds and steps, with which share of the budget."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    rounds: Count
+    """Rounds of this phase."""
+    steps: Count = 1
+    """Local steps of a site in each round."""
+    sample_rate: Fraction | None = None
+    """Poisson sampling rate q of a unit per step; 1 takes every unit. Exactly one of this and ``batch_size``."""
+    batch_size: Count | None = None
+    """Expected batch; q = batch_size / public_size at each site. Exactly one of this and ``sample_rate``."""
+    train: tuple[Literal["head", "lora"], ...] = ("lora",)
+    """What is trained. Whether A or B of the LoRA pair is the algorithm's choice."""
+    layers: Count | None = None
+    """Train the adapters of only the top so many layers. Empty: all that ``[lora]`` adapts."""
+    algorithm: str = "ffa"
+    """Aggregation: ``ffa`` or ``fedit``."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Local optimiser, fresh in each round."""
+    learning_rate: Positive = 0.1
+    """Local learning rate."""
+    clip_norm: Positive = 1.0
+    """Per-unit gradients are clipped to this Euclidean norm."""
+    budget_share: Positive = 1.0
+    """Share of the privacy budget relative to the other phases, as a ratio of μ² (Gaussian DP; splitting only)."""
+    server_learning_rate: Positive = 1.0
+    """Step of the global adapter along the averaged update."""
+    server_momentum: float = Field(default=0.0, ge=0, lt=1)
+    """Heavy-ball momentum of the averaged update at the server (post-processing: free under DP)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PhaseSection:
+        if (self.sample_rate is None) == (self.batch_size is None):
+            raise ValueError(f"phase '{self.name}': give exactly one of sample_rate and batch_size")
+        if self.algorithm not in LOCAL_RULES:
+            known = did_you_mean(self.algorithm, LOCAL_RULES)
+            raise ValueError(f"phase '{self.name}': algorithm = '{self.algorithm}' is unknown{known}")
+        if not self.train or len(set(self.train)) != len(self.train):
+            raise ValueError(f"phase '{self.name}': train must list 'head', 'lora' or both, each once")
+        return self
+
+
+class ServerSection(Section):
+    """``[server]``: rounds, quorum and where the SuperLink is."""
+
+    min_sites: Count = 1
+    """Wait for so many described sites before round 1."""
+    min_replies: Count = 1
+    """Quorum: a round with fewer admitted replies fails the run (it can be resumed)."""
+    cohort: Fraction = 1.0
+    """Share of the sites asked in each round, drawn from the public seed."""
+    round_timeout: Positive = 3600.0
+    """Deadline of a round in seconds; later replies are rejected as late."""
+    weights: Literal["uniform", "public-size"] = "public-size"
+    """Weights of the sites in the average: equal, or by their declared public sizes. True counts never travel."""
+    superlink: str = "127.0.0.1:8000"
+    """host:port of the SuperLink (``consilium server run``)."""
+    root_certificates: Path | None = None
+    """PEM file of the authority that signed the SuperLink's certificate."""
+    insecure: bool = False
+    """Talk to the SuperLink without TLS. For tests on one machine."""
+
+
+class EvaluationSection(Section):
+    """``[evaluation]``: the server's own held-out data. Not a site's."""
+
+    path: str | None = None
+    """A folder or file; empty in a simulation: the validation and test split of ``data.path``."""
+    validation: str = "validation"
+    """Split used after every round, for best-round selection and early stopping."""
+    test: str | None = "test"
+    """Split used once, at the end. Empty string or absent file: no test figures."""
+    columns: dict[str, str] | None = None
+    """As ``data.columns``; empty: the same."""
+    metric: str = ""
+    """Metric that selects the best round. Empty: the task's own."""
+    patience: Count | None = None
+    """Stop a phase's remaining rounds after so many rounds without a better metric. Spent ε is not refunded."""
+    generate: int = Field(default=8, ge=0)
+    """Causal LM: answer so many examples of a split in free text at each evaluation, for ROUGE-L; 0 for none."""
+    limit: Count | None = None
+    """Evaluate at most so many examples of each split (the first ones)."""
+
+
+class SimulationSection(Section):
+    """``[simulation]``: what the synthesised sites are like."""
+
+    seed: int = Field(default=0, ge=0)
+    """Keys of sampling and noise at the simulated sites; a deployment takes them from the operating system."""
+    public_size: Literal["exact", "rounded"] = "exact"
+    """Each site's declared size: its true row count, or that rounded down to two significant digits."""
+    physical_batch: Count = 8
+    """Rows of one forward and backward pass."""
+    device: str = "auto"
+    """``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda`` or ``cuda:N``."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``auto``: bfloat16 autocast on a GPU that has it, else float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    compare: bool = False
+    """Also train each site alone at the same ε, and the federation without privacy, and show them side by side."""
+
+
+class RunConfig(Section):
+    """A whole ``run.toml``."""
+
+    schema_version: int = SCHEMA_VERSION
+    run: RunSection = RunSection()
+    model: ModelSection = ModelSection()
+    task: TaskSection
+    data: DataSection = DataSection()
+    lora: LoraSection = LoraSection()
+    privacy: PrivacySection = PrivacySection()
+    server: ServerSection = ServerSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    simulation: SimulationSection = SimulationSection()
+    phase: tuple[PhaseSection, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        if self.schema_version > SCHEMA_VERSION:
+            raise ValueError(
+                f"schema_version: {self.schema_version} is newer than this installation knows "
+                f"({SCHEMA_VERSION}); update it"
+            )
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names):
+            raise ValueError("phase: two phases have the same name")
+        for phase in self.phases:
+            if "head" in phase.train and self.task.name == "causal-lm":
+                raise ValueError(f"phase '{phase.name}': 'head' cannot be trained for causal-lm; use train = ['lora']")
+            if phase.layers and self.lora.layers and phase.layers > self.lora.layers:
+                raise ValueError(
+                    f"phase '{phase.name}': layers = {phase.layers} exceeds lora.layers = {self.lora.layers}"
+                )
+        return self
+
+    @property
+    def phases(self) -> tuple[PhaseSection, ...]:
+        """The phases as written, or the task's default recipe where none is written."""
+        return self.phase or DEFAULT_PHASES[self.task.name]
+
+
+DEFAULT_PHASES: dict[str, tuple[PhaseSection, ...]] = {
+    "sequence-classification": (
+        PhaseSection(
+            name="head",
+            rounds=40,
+            steps=1,
+            sample_rate=1.0,
+            train=("head",),
+            learning_rate=2.0,
+            server_momentum=0.9,
+            budget_share=0.4,
+        ),
+        PhaseSection(
+            name="lora",
+            rounds=10,
+            steps=1,
+            sample_rate=0.25,
+            train=("head", "lora"),
+            learning_rate=0.5,
+            server_momentum=0.9,
+            budget_share=0.6,
+        ),
+    ),
+    "causal-lm": (PhaseSection(name="lora", rounds=10, steps=4, sample_rate=0.05, train=("lora",), learning_rate=0.5),),
+}
+
+Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file.
+
+    Raises:
+        ConfigError: the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give the path of an existing TOML file") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a readable TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}") from None
+
+
+def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tables with ``section.key=value`` settings put in; values are TOML, or plain text where that fails.
+
+    ``phase.0.rounds=3`` and ``phase.head.rounds=3`` address a phase by index or by name.
+
+    Raises:
+        ConfigError: an override has no ``=`` or addresses what is not a table.
+    """
+    result: dict[str, Any] = _copied(tables)
+    problems = []
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        keys = name.strip().split(".")
+        if not equals or not all(keys) or len(keys) < 2:
+            problems.append(f"--set {override}: expected section.key=value, e.g. --set privacy.epsilon=3")
+            continue
+        if not _put(result, keys, _toml_value(text.strip())):
+            problems.append(f"--set {override}: '{name}' does not address a setting")
+    if problems:
+        raise ConfigError(problems)
+    return result
+
+
+def validate(model: type[Settings], tables: Mapping[str, Any], source: str) -> Settings:
+    """The settings, or one ConfigError that lists every problem with the nearest known name."""
+    try:
+        return model.model_validate(tables)
+    except ValidationError as error:
+        problems = [_problem(model, detail) for detail in error.errors(include_url=False)]
+        raise ConfigError(problems, source) from None
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_copied(item) for item in value]
+    return value
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(tables: dict[str, Any], keys: Sequence[str], value: Any) -> bool:
+    here: Any = tables
+    for key in keys[:-1]:
+        if isinstance(here, list):
+            named = [item for item in here if isinstance(item, dict) and item.get("name") == key]
+            if named:
+                here = named[0]
+            elif key.isdigit() and int(key) < len(here):
+                here = here[int(key)]
+            else:
+                return False
+        else:
+            here = here.setdefault(key, {})
+        if not isinstance(here, dict | list):
+            return False
+    if not isinstance(here, dict):
+        return False
+    here[keys[-1]] = value
+    return True
+
+
+def _problem(model: type[BaseModel], detail: Any) -> str:
+    """One line for one pydantic error: dotted name, what is wrong, the value, the nearest known name."""
+    location = list(detail["loc"])
+    name = ".".join(str(part) for part in location)
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        parent = _section_at(model, location[:-1])
+        known = parent.model_fields if parent is not None else {}
+        return f"{name}: unknown setting{did_you_mean(str(location[-1]), known)}"
+    if detail["type"] == "missing":
+        return f"{name}: is required and missing"
+    if detail["type"] == "value_error":
+        return f"{name}.{message}" if name else message
+    return f"{name} = {detail['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section_at(model: type[BaseModel], location: Sequence[Any]) -> type[BaseModel] | None:
+    here: type[BaseModel] | None = model
+    for part in location:
+        if isinstance(part, int) or here is None:
+            continue
+        field = here.model_fields.get(str(part))
+        here = _section_type(field.annotation) if field else None
+    return here
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _section_type(argument)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,123 @@
+"""Reads a split of a data set as columns: csv, jsonl, parquet, or a hub data set, with named columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from common.errors import DataError, did_you_mean
+
+Rows = dict[str, list[Any]]
+"""Field → values, all of the same length."""
+
+SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
+
+
+def read_rows(source: str, split: str, fields: Sequence[str], columns: Mapping[str, str]) -> Rows:
+    """The fields of one split.
+
+    Args:
+        source: a folder with one file per split, a single file (``split`` is then ignored), or a hub data set id.
+        split: name of the file without its suffix, or of the hub split.
+        fields: what is needed.
+        columns: field → column; a field that is not listed is read from the column of its own name.
+
+    Raises:
+        DataError: file, split or column missing, unreadable, or without rows.
+    """
+    unknown = sorted(set(columns) - set(fields))
+    if unknown:
+        raise DataError(
+            f"data.columns: '{unknown[0]}' is not a field of this task{did_you_mean(unknown[0], fields)}; "
+            f"fields: {', '.join(fields)}"
+        )
+    table, where = _table(source, split)
+    rows: Rows = {}
+    for field in fields:
+        column = columns.get(field, field)
+        if column not in table.column_names:
+            raise DataError(
+                f"data.columns.{field} = '{column}': {where} has no such column"
+                f"{did_you_mean(column, table.column_names)}; columns: {', '.join(table.column_names)}"
+            )
+        rows[field] = table.column(column).to_pylist()
+    if table.num_rows == 0:
+        raise DataError(f"data: {where} has no rows; give a file with at least one example")
+    return rows
+
+
+def count_rows(source: str, split: str) -> int:
+    """Number of rows of a split (of the whole file, if the source is one).
+
+    Raises:
+        DataError: file or split missing or unreadable.
+    """
+    table, _ = _table(source, split)
+    return int(table.num_rows)
+
+
+def has_split(source: str, split: str) -> bool:
+    """Whether a local folder holds a file for the split."""
+    return any((Path(source).expanduser() / f"{split}{suffix}").is_file() for suffix in SUFFIXES)
+
+
+def is_file(source: str) -> bool:
+    """Whether the source is a single file, from which splits must be drawn."""
+    return Path(source).expanduser().is_file()
+
+
+def _table(source: str, split: str) -> tuple[pa.Table, str]:
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path), str(path)
+    if path.is_dir():
+        for suffix in SUFFIXES:
+            file = path / f"{split}{suffix}"
+            if file.is_file():
+                return _read_file(file), str(file)
+        present = sorted(item.name for item in path.iterdir() if item.suffix in SUFFIXES)
+        raise DataError(
+            f"data.path = '{source}': no file for split '{split}' (looked for {split}.parquet, .csv, .jsonl, .json; "
+            f"found: {', '.join(present) or 'none of these kinds'})"
+        )
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or path.suffix in SUFFIXES:
+        raise DataError(f"data.path = '{source}': no such file or folder; give an existing one, or a hub data set id")
+    return _from_hub(source, split), f"hub data set {source} ({split})"
+
+
+def _read_file(path: Path) -> pa.Table:
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(path)
+        if path.suffix == ".csv":
+            import pyarrow.csv
+
+            options = pyarrow.csv.ParseOptions(newlines_in_values=True)
+            return pyarrow.csv.read_csv(path, parse_options=options)
+        if path.suffix in (".jsonl", ".json"):
+            import pyarrow.json
+
+            return pyarrow.json.read_json(path)
+    except (pa.ArrowException, OSError) as error:
+        first = str(error).splitlines()[0]
+        raise DataError(f"data: {path} cannot be read as {path.suffix[1:]}: {first}") from None
+    raise DataError(f"data: {path} is of an unknown kind '{path.suffix}'; use csv, jsonl or parquet")
+
+
+def _from_hub(name: str, split: str) -> pa.Table:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(name, split=split)
+    except Exception as error:
+        raise DataError(
+            f"data.path = '{name}': no such file or folder, and the hub did not deliver split '{split}' "
+            f"({type(error).__name__}); check the path, the id and the connection"
+        ) from None
+    table: pa.Table = loaded.with_format("arrow")[:]
+    return table

@@ -1,0 +1,184 @@
+"""The typed requests and replies between the coordinator and a site, and the interface a site offers.
+
+Nothing here knows how messages travel: ``common/wire.py`` maps them to Flower records, ``common/rpc.py`` to protobuf.
+Tensors are numpy arrays by canonical name (plain PEFT names); no torch, no pydantic, since the relay imports this
+module anew for every message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+SCHEMA_VERSION = 1
+Tensors = Mapping[str, npt.NDArray[np.float32]]
+"""Canonical name → fp32 array."""
+
+
+class RefusalReason(StrEnum):
+    """Why a site does not serve a request. A closed list, computed from policy, plan and ledger alone; never a figure,
+    never anything that depends on the data."""
+
+    POLICY = "policy"
+    """The plan asks for something the site's policy does not allow."""
+    BUDGET = "budget"
+    """The plan does not fit under the lifetime budget of the population."""
+    TOO_SMALL = "too-small"
+    """The declared public size is too small for the plan's batch."""
+    UNKNOWN_PLAN = "unknown-plan"
+    """The plan was never described to this site, or belongs to another run."""
+    PLAN_CHANGED = "plan-changed"
+    """The run id is known with another plan."""
+    CODE_MISMATCH = "code-mismatch"
+    """Relay and agent run different code."""
+    OUT_OF_ORDER = "out-of-order"
+    """The round lies before one already served, or outside the plan."""
+    REQUEST_CHANGED = "request-changed"
+    """The round was already served for another request."""
+    ADAPTER_LAYOUT = "adapter-layout"
+    """The adapter in the request does not have the plan's layout."""
+    SEED_LOST = "seed-lost"
+    """A reserved round can no longer be executed as the same release."""
+
+
+class PlanStatus(StrEnum):
+    """What a site thinks of a plan."""
+
+    READY = "ready"
+    WAITING = "waiting"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True)
+class PhaseStatement:
+    """What was calibrated for one phase, from the plan and the declared public size alone."""
+
+    name: str
+    sample_rate: float
+    noise_multiplier: float
+    clip_norm: float
+    steps: int
+    """Steps over all rounds of the phase."""
+
+
+@dataclass(frozen=True)
+class PrivacyStatement:
+    """What one site was promised for one plan, all rounds included, whether or not they were executed."""
+
+    epsilon: float | None
+    """``None``: no privacy is claimed (mechanism ``none``, or fixed test keys)."""
+    delta: float | None
+    unit: str
+    neighbouring: str
+    accountant: str
+    steps: int
+    phases: tuple[PhaseStatement, ...]
+
+
+@dataclass(frozen=True)
+class DescribeRequest:
+    """Shows a site the plan of a run and asks whether it takes part."""
+
+    run_id: str
+    plan: str
+    """The plan as canonical JSON."""
+    code_digest: str
+    """Digest of the code the relay was shipped with."""
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class SiteDescription:
+    """A site's public description and its stand on the plan."""
+
+    site: str
+    status: PlanStatus
+    refusal: RefusalReason | None
+    code_digest: str
+    tasks: tuple[str, ...]
+    max_rank: int
+    public_size: int
+    """As declared in the site's policy; never the true count unless the site consents."""
+    privacy: PrivacyStatement | None
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """Asks for one round of local training. The round alone selects the phase; nothing else can be asked for."""
+
+    run_id: str
+    round: int
+    """From 1 over all phases."""
+    plan_digest: str
+    adapter: Tensors = field(repr=False)
+    schema_version: int = SCHEMA_VERSION
+
+    def digest(self) -> str:
+        """SHA-256 over the fields and each tensor's name, shape and raw little-endian bytes, in name order."""
+        state = hashlib.sha256()
+        state.update(f"train-request\0{self.run_id}\0{self.round}\0{self.plan_digest}\0".encode())
+        hash_tensors(state, self.adapter)
+        return state.hexdigest()
+
+
+@dataclass(frozen=True)
+class Release:
+    """The only thing of value that leaves a site: the privatised update of the round's trainable tensors."""
+
+    site: str
+    run_id: str
+    round: int
+    request_digest: str
+    update: Tensors = field(repr=False)
+    """θ_local − θ_received of exactly the tensors this round trains."""
+    schema_version: int = SCHEMA_VERSION
+
+
+@dataclass(frozen=True)
+class Pending:
+    """The plan still awaits the site's approval."""
+
+    site: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """The site does not serve the request."""
+
+    site: str
+    reason: RefusalReason
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """The relay could not get an answer from its agent. Carries nothing: the cause is logged at the site."""
+
+
+TrainReply = Release | Pending | Refusal | Unavailable
+
+
+class SiteService(Protocol):
+    """What a site offers: in-process it is the ``Site`` itself, in a deployment a gRPC stub. One code path for both."""
+
+    def describe(self, request: DescribeRequest) -> SiteDescription:
+        """The site's description and its stand on the plan."""
+        ...
+
+    def train(self, request: TrainRequest) -> TrainReply:
+        """One round of local training."""
+        ...
+
+
+def hash_tensors(state: hashlib._Hash, tensors: Tensors) -> None:
+    """Feeds name, dtype, shape and raw bytes of each tensor into ``state``, in name order."""
+    for name in sorted(tensors):
+        array = np.ascontiguousarray(tensors[name])
+        state.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
+        state.update(array.data)

@@ -1,0 +1,108 @@
+"""The plan: everything about a run that touches privacy, as one value with one canonical digest.
+
+A site agrees to a plan, not to single requests. The digest is SHA-256 over canonical JSON (sorted keys, no spaces, no
+floats formatted by hand), so that coordinator and site cannot mean different things by it. A changed plan is a new
+plan.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import ValidationError
+
+from common.config import (
+    SCHEMA_VERSION,
+    LoraSection,
+    PhaseSection,
+    PrivacySection,
+    RunConfig,
+    Section,
+    TaskSection,
+)
+from common.errors import WireError
+
+
+class Plan(Section):
+    """What a site is asked to agree to."""
+
+    schema_version: int = SCHEMA_VERSION
+    run_id: str
+    """One plan funds one run; the same settings under another run id are another plan."""
+    seed: int
+    """Public seed: initialisation and cohorts only."""
+    data: str
+    """Which of the site's data sets is asked for, by name."""
+    model_digest: str
+    task: TaskSection
+    lora: LoraSection
+    privacy: PrivacySection
+    phases: tuple[PhaseSection, ...]
+    adapter_digest: str
+    """Digest of the adapter's layout (:class:`common.adapter.AdapterSpec`)."""
+    neighbouring: Literal["add-remove-one"] = "add-remove-one"
+    accountant: Literal["prv"] = "prv"
+
+    @property
+    def rounds(self) -> int:
+        """Rounds of all phases."""
+        return sum(phase.rounds for phase in self.phases)
+
+    def phase_of(self, round: int) -> PhaseSection:
+        """The phase a round (from 1) belongs to. The round index alone selects it.
+
+        Raises:
+            IndexError: the round lies outside the plan.
+        """
+        first = 1
+        for phase in self.phases:
+            if first <= round < first + phase.rounds:
+                return phase
+            first += phase.rounds
+        raise IndexError(f"round {round} lies outside the plan's {self.rounds} rounds")
+
+    def canonical(self) -> str:
+        """Canonical JSON."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, hexadecimal."""
+        return hashlib.sha256(self.canonical().encode()).hexdigest()
+
+
+def plan_of(config: RunConfig, run_id: str, model_digest: str, adapter_digest: str) -> Plan:
+    """The plan of a run."""
+    return Plan(
+        run_id=run_id,
+        seed=config.run.seed,
+        data=config.data.name,
+        model_digest=model_digest,
+        task=config.task,
+        lora=config.lora,
+        privacy=config.privacy,
+        phases=config.phases,
+        adapter_digest=adapter_digest,
+    )
+
+
+def read_plan(canonical: str) -> Plan:
+    """The plan from its canonical JSON.
+
+    Raises:
+        WireError: not a plan, not canonical, or of a newer schema.
+    """
+    try:
+        tables = json.loads(canonical)
+        if not isinstance(tables, Mapping):
+            raise ValueError("not an object")
+        if isinstance(version := tables.get("schema_version"), int) and version > SCHEMA_VERSION:
+            raise WireError(f"plan: schema_version {version} is newer than this installation knows; update it")
+        plan = Plan.model_validate_json(canonical)
+    except (ValueError, ValidationError) as error:
+        raise WireError(f"plan: cannot be read ({type(error).__name__}); coordinator and site must match") from None
+    if plan.canonical() != canonical:
+        raise WireError("plan: its JSON is not canonical; coordinator and site must run the same version")
+    return plan

@@ -1,0 +1,276 @@
+"""Messages ⇄ protobuf frames, and the stub through which a relay reaches its site agent. Torch-free, Flower-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import grpc
+import numpy as np
+
+from common.errors import ConnectionFailed, WireError
+from common.messages import (
+    DescribeRequest,
+    Pending,
+    PhaseStatement,
+    PlanStatus,
+    PrivacyStatement,
+    Refusal,
+    RefusalReason,
+    Release,
+    SiteDescription,
+    Tensors,
+    TrainReply,
+    TrainRequest,
+)
+from common.protos import site_pb2 as pb
+from common.protos import site_pb2_grpc
+
+CHUNK = 1 << 20
+"""Bytes of tensor data in one frame; far below gRPC's 4 MiB message limit."""
+LARGEST_TRANSFER = 512 << 20
+"""Bytes of tensor data in one message; more is refused with the figure."""
+
+
+def train_request_frames(request: TrainRequest) -> Iterator[pb.TrainRequestFrame]:
+    """Header first, then the tensors' bytes in name order."""
+    header = pb.TrainRequestHeader(
+        schema_version=request.schema_version,
+        run_id=request.run_id,
+        round=request.round,
+        plan_digest=request.plan_digest,
+        layout=_layout(request.adapter),
+    )
+    yield pb.TrainRequestFrame(header=header)
+    for chunk in _chunks(request.adapter):
+        yield pb.TrainRequestFrame(chunk=chunk)
+
+
+def train_request_of(frames: Iterable[pb.TrainRequestFrame]) -> TrainRequest:
+    """The request from its frames.
+
+    Raises:
+        WireError: frames missing, out of order or too large.
+    """
+    stream = iter(frames)
+    first = next(stream, None)
+    if first is None or first.WhichOneof("content") != "header":
+        raise WireError("request: does not start with a header")
+    header = first.header
+    chunks = (frame.chunk for frame in stream if frame.WhichOneof("content") == "chunk")
+    return TrainRequest(
+        run_id=header.run_id,
+        round=header.round,
+        plan_digest=header.plan_digest,
+        adapter=_tensors(header.layout, chunks),
+        schema_version=header.schema_version,
+    )
+
+
+def train_reply_frames(reply: TrainReply) -> Iterator[pb.TrainReplyFrame]:
+    """One frame for a refusal or a pending plan; header and chunks for a release."""
+    if isinstance(reply, Refusal):
+        yield pb.TrainReplyFrame(refusal=pb.Refusal(site=reply.site, reason=reply.reason.value))
+    elif isinstance(reply, Pending):
+        yield pb.TrainReplyFrame(pending=pb.Pending(site=reply.site))
+    elif isinstance(reply, Release):
+        header = pb.ReleaseHeader(
+            schema_version=reply.schema_version,
+            site=reply.site,
+            run_id=reply.run_id,
+            round=reply.round,
+            request_digest=reply.request_digest,
+            layout=_layout(reply.update),
+        )
+        yield pb.TrainReplyFrame(release=header)
+        for chunk in _chunks(reply.update):
+            yield pb.TrainReplyFrame(chunk=chunk)
+
+
+def train_reply_of(frames: Iterable[pb.TrainReplyFrame]) -> TrainReply:
+    """The reply from its frames.
+
+    Raises:
+        WireError: frames missing, out of order, too large or of an unknown kind.
+    """
+    stream = iter(frames)
+    first = next(stream, None)
+    kind = first.WhichOneof("content") if first is not None else None
+    if first is not None and kind == "refusal":
+        return Refusal(first.refusal.site, RefusalReason(first.refusal.reason))
+    if first is not None and kind == "pending":
+        return Pending(first.pending.site)
+    if first is None or kind != "release":
+        raise WireError("reply: does not start with a release, a refusal or a pending plan")
+    header = first.release
+    chunks = (frame.chunk for frame in stream if frame.WhichOneof("content") == "chunk")
+    return Release(
+        site=header.site,
+        run_id=header.run_id,
+        round=header.round,
+        request_digest=header.request_digest,
+        update=_tensors(header.layout, chunks),
+        schema_version=header.schema_version,
+    )
+
+
+def description_to_proto(description: SiteDescription) -> pb.SiteDescription:
+    """A site's description as it crosses the border."""
+    message = pb.SiteDescription(
+        schema_version=description.schema_version,
+        site=description.site,
+        status=description.status.value,
+        refusal=description.refusal.value if description.refusal else "",
+        code_digest=description.code_digest,
+        tasks=description.tasks,
+        max_rank=description.max_rank,
+        public_size=description.public_size,
+    )
+    privacy = description.privacy
+    if privacy is not None:
+        message.privacy.CopyFrom(
+            pb.PrivacyStatement(
+                epsilon=privacy.epsilon,
+                delta=privacy.delta,
+                unit=privacy.unit,
+                neighbouring=privacy.neighbouring,
+                accountant=privacy.accountant,
+                steps=privacy.steps,
+                phases=[pb.PhaseStatement(**vars(phase)) for phase in privacy.phases],
+            )
+        )
+    return message
+
+
+def description_of(message: pb.SiteDescription) -> SiteDescription:
+    """A site's description from its protobuf form."""
+    privacy = None
+    if message.HasField("privacy"):
+        p = message.privacy
+        privacy = PrivacyStatement(
+            epsilon=p.epsilon if p.HasField("epsilon") else None,
+            delta=p.delta if p.HasField("delta") else None,
+            unit=p.unit,
+            neighbouring=p.neighbouring,
+            accountant=p.accountant,
+            steps=p.steps,
+            phases=tuple(
+                PhaseStatement(f.name, f.sample_rate, f.noise_multiplier, f.clip_norm, f.steps) for f in p.phases
+            ),
+        )
+    return SiteDescription(
+        site=message.site,
+        status=PlanStatus(message.status),
+        refusal=RefusalReason(message.refusal) if message.refusal else None,
+        code_digest=message.code_digest,
+        tasks=tuple(message.tasks),
+        max_rank=message.max_rank,
+        public_size=message.public_size,
+        privacy=privacy,
+        schema_version=message.schema_version,
+    )
+
+
+def _layout(tensors: Tensors) -> list[pb.TensorLayout]:
+    size = sum(array.nbytes for array in tensors.values())
+    if size > LARGEST_TRANSFER:
+        raise WireError(
+            f"adapter: {size / 2**20:.0f} MiB exceeds the limit of {LARGEST_TRANSFER >> 20} MiB for one message; "
+            "lower lora.r or adapt fewer modules"
+        )
+    return [pb.TensorLayout(name=name, shape=tensors[name].shape) for name in sorted(tensors)]
+
+
+def _chunks(tensors: Tensors) -> Iterator[bytes]:
+    for name in sorted(tensors):
+        raw = np.ascontiguousarray(tensors[name], "<f4").tobytes()
+        for start in range(0, len(raw), CHUNK):
+            yield raw[start : start + CHUNK]
+
+
+def _tensors(layout: Iterable[pb.TensorLayout], chunks: Iterable[bytes]) -> dict[str, np.ndarray]:
+    tensors = {}
+    stream = iter(chunks)
+    expected = sum(4 * int(np.prod(entry.shape, dtype=np.int64)) for entry in layout)
+    if expected > LARGEST_TRANSFER:
+        raise WireError(f"message: announces {expected / 2**20:.0f} MiB, more than {LARGEST_TRANSFER >> 20} MiB")
+    for entry in layout:
+        size = 4 * int(np.prod(entry.shape, dtype=np.int64))
+        raw = bytearray()
+        while len(raw) < size:
+            chunk = next(stream, b"")
+            if not chunk or len(raw) + len(chunk) > size:
+                raise WireError(f"message: the bytes of tensor '{entry.name}' do not match its shape")
+            raw += chunk
+        tensors[entry.name] = np.frombuffer(raw, "<f4").reshape(tuple(entry.shape))
+    if next(stream, None) is not None:
+        raise WireError("message: more bytes than its layout announces")
+    return tensors
+
+
+@dataclass(frozen=True)
+class AgentAddress:
+    """Where a site agent listens, and the certificates to use when that is not a unix socket."""
+
+    target: str
+    """``unix:PATH`` or ``HOST:PORT``."""
+    authority: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+
+class RemoteSite:
+    """A site behind its agent: :class:`common.messages.SiteService` over gRPC.
+
+    Args:
+        timeout: seconds to wait for the agent to accept the connection.
+    """
+
+    def __init__(self, address: AgentAddress, timeout: float = 10.0) -> None:
+        self.address, self.timeout = address, timeout
+        self._channel = self._open()
+        self._stub = site_pb2_grpc.SiteAgentStub(self._channel)
+
+    def _open(self) -> grpc.Channel:
+        if self.address.target.startswith("unix:"):
+            return grpc.insecure_channel(self.address.target)
+        try:
+            files = (self.address.authority, self.address.key, self.address.certificate)
+            authority, key, certificate = (file.read_bytes() if file else None for file in files)
+        except OSError as error:
+            raise ConnectionFailed(f"agent {self.address.target}: {error.filename} cannot be read") from None
+        if not (authority and key and certificate):
+            raise ConnectionFailed(
+                f"agent {self.address.target}: HOST:PORT needs agent-authority, agent-certificate and agent-key"
+            )
+        return grpc.secure_channel(self.address.target, grpc.ssl_channel_credentials(authority, key, certificate))
+
+    def __enter__(self) -> RemoteSite:
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout=self.timeout)
+        except grpc.FutureTimeoutError:
+            self._channel.close()
+            raise ConnectionFailed(
+                f"agent {self.address.target}: not reachable, or its certificate is not trusted; "
+                "is 'consilium site agent' running, and does --node-config name its address?"
+            ) from None
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._channel.close()
+
+    def describe(self, request: DescribeRequest) -> SiteDescription:
+        """The site's description and its stand on the plan."""
+        message = pb.DescribeRequest(
+            schema_version=request.schema_version,
+            run_id=request.run_id,
+            plan=request.plan,
+            code_digest=request.code_digest,
+        )
+        return description_of(self._stub.Describe(message))
+
+    def train(self, request: TrainRequest) -> TrainReply:
+        """One round of local training; returns when the site has answered."""
+        return train_reply_of(self._stub.Train(train_request_frames(request)))

@@ -1,0 +1,173 @@
+"""Instruction tuning of a decoder: the completion is learnt, the prompt is given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rouge_score import rouge_scorer
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.config import TaskSection
+from common.errors import ModelError
+from common.tasks.base import Encoded, Fault, LogitsOf, Scores, register
+
+IGNORED = -100
+"""Target of a token that is not learnt (prompt and padding)."""
+
+LONGEST_ANSWER = 48
+"""Tokens of a generated answer."""
+
+
+@register
+class CausalLM:
+    """Mean cross-entropy of the completion's tokens, per sequence; perplexity, and ROUGE-L of generated text."""
+
+    name: ClassVar[str] = "causal-lm"
+    fields: ClassVar[tuple[str, ...]] = ("prompt", "completion")
+    peft_type: ClassVar[str] = "CAUSAL_LM"
+    metric: ClassVar[str] = "perplexity"
+    higher_is_better: ClassVar[bool] = False
+    selects_pooling: ClassVar[bool] = False
+    inputs: ClassVar[tuple[str, ...]] = ("prompt",)
+
+    def __init__(self, settings: TaskSection) -> None:
+        self.settings = settings
+
+    def load_network(self, path: str, **options: Any) -> PreTrainedModel:
+        """The base with its own language-model head."""
+        network: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **options)
+        network.train(False)
+        return network
+
+    def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+        """Token ids of the templated prompt, ready for the completion to follow.
+
+        Raises:
+            ModelError: ``prompt_template = "chat"`` and the tokenizer has no chat template.
+        """
+        if self.settings.prompt_template == "chat":
+            if not getattr(tokenizer, "chat_template", None):
+                raise ModelError(
+                    "task.prompt_template = 'chat': this tokenizer has no chat template; "
+                    "give a prompt_template that contains {prompt}"
+                )
+            messages = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        text = self.settings.prompt_template.replace("{prompt}", prompt)
+        return list(tokenizer(text)["input_ids"])
+
+    def encode(
+        self, rows: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[Encoded | None], list[Fault]]:
+        """Prompt, completion and end-of-sequence, cut at ``max_length``.
+
+        A prompt that would leave less than a quarter of the length to the completion loses its middle, so that
+        something is always learnt.
+        """
+        encoded: list[Encoded | None] = []
+        faults: list[Fault] = []
+        for index, (prompt, completion) in enumerate(zip(rows["prompt"], rows["completion"], strict=True)):
+            bad = [
+                Fault(index, field, "is empty")
+                for field, value in (("prompt", prompt), ("completion", completion))
+                if not isinstance(value, str) or not value.strip()
+            ]
+            if bad:
+                faults += bad
+                encoded.append(None)
+            else:
+                encoded.append(self._encode_one(prompt, completion, tokenizer))
+        return encoded, faults
+
+    def _encode_one(self, prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+        longest = self.settings.max_length
+        given = self.prompt_ids(prompt, tokenizer)
+        room = longest - longest // 4
+        if len(given) > room:
+            given = given[: room // 2] + given[len(given) - (room - room // 2) :]
+        learnt = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+        if tokenizer.eos_token_id is not None:
+            learnt.append(tokenizer.eos_token_id)
+        ids = np.asarray((given + learnt)[:longest], np.int32)
+        target = ids.astype(np.int64)
+        target[: len(given)] = IGNORED
+        return Encoded(ids, target)
+
+    def collate(self, targets: Sequence[npt.NDArray[np.int64] | None], length: int) -> torch.Tensor:
+        """Token targets [B, length], ``IGNORED`` on prompt and padding."""
+        padded = np.full((len(targets), length), IGNORED, np.int64)
+        for row, target in enumerate(targets):
+            if target is not None:
+                padded[row, : len(target)] = target
+        return torch.from_numpy(padded)
+
+    def per_example_loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy [B] over each sequence's own completion tokens, from logits [B, T, V].
+
+        The mean is per sequence: transformers' own loss averages over the whole batch, which would let one sequence
+        move the gradients of the others.
+        """
+        total, count = self._totals(logits, targets)
+        return total / count.clamp(min=1)
+
+    def _totals(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        predicted, wanted = logits[:, :-1].float(), targets[:, 1:]
+        losses = torch.nn.functional.cross_entropy(
+            predicted.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none"
+        )
+        return losses.sum(dim=1), (wanted != IGNORED).sum(dim=1)
+
+    def score(self, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
+        """Summed loss and number of completion tokens of each example."""
+        total, count = self._totals(logits, targets)
+        return {"total": total.cpu().numpy(), "tokens": count.cpu().numpy()}
+
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        """Mean loss per token and perplexity; ROUGE-L and others that need generation are added by the evaluator."""
+        loss = float(scores["total"].sum() / max(1, scores["tokens"].sum()))
+        return {"loss": loss, "perplexity": float(np.exp(min(loss, 80.0)))}
+
+    def predict(
+        self,
+        logits_of: LogitsOf,
+        network: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Mapping[str, Sequence[Any]],
+    ) -> Iterator[dict[str, Any]]:
+        """A greedy completion of each prompt."""
+        for prompt in rows["prompt"]:
+            if isinstance(prompt, str) and prompt.strip():
+                yield {"completion": self._answer(prompt, network, tokenizer)}
+            else:
+                yield {"error": "prompt is empty"}
+
+    def generated_metrics(
+        self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Mapping[str, Sequence[Any]]
+    ) -> dict[str, float]:
+        """Mean ROUGE-L F-measure (Lin 2004) of greedy answers of at most ``LONGEST_ANSWER`` tokens."""
+        scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+        scores = [
+            scorer.score(reference, self._answer(prompt, network, tokenizer))["rougeL"].fmeasure
+            for prompt, reference in zip(rows["prompt"], rows["completion"], strict=True)
+        ]
+        return {"rouge_l": float(np.mean(scores))}
+
+    def _answer(self, prompt: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Greedy completion of one prompt."""
+        ids = self.prompt_ids(prompt, tokenizer)[-(self.settings.max_length // 2) :]
+        given = torch.tensor([ids], device=network.device)
+        with torch.no_grad():
+            answer = network.generate(  # type: ignore[operator]
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
+                max_new_tokens=min(LONGEST_ANSWER, self.settings.max_length // 2),
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        return str(tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True))

@@ -1,0 +1,65 @@
+"""The command line: assembles the sub-commands of the folders, and turns errors into one message and an exit code.
+
+Exit codes: 0 done, 2 bad input, 3 the run failed (it can be resumed), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+
+import typer
+
+import client.cli
+import common.privacy.cli
+import server.cli
+import simulations.cli
+from common.errors import ConsiliumError
+from common.logs import LogFormat, set_up_logging
+
+app = typer.Typer(
+    name="consilium",
+    help="Private, federated fine-tuning: only differentially private adapters leave a site.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _options(
+    log_format: LogFormat = typer.Option(LogFormat.TEXT, "--log-format", help="Logs on stderr as text or JSON lines."),
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="More logs."),
+) -> None:
+    """Private, federated fine-tuning: only differentially private adapters leave a site."""
+    set_up_logging(log_format, verbose)
+
+
+app.command("simulate", help=simulations.cli.HELP)(simulations.cli.simulate_command)
+app.command("predict", help=server.cli.PREDICT_HELP)(server.cli.predict_command)
+app.add_typer(server.cli.app, name="server")
+app.add_typer(client.cli.app, name="site")
+app.add_typer(common.privacy.cli.app, name="privacy")
+
+
+def main() -> None:
+    """Entry point of ``consilium``."""
+    try:
+        app()
+    except ConsiliumError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is kept, continue with --resume", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Which replies count. Everything else is rejected by name, counted and reported; the round goes on without it."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import numpy as np
+
+from common.adapter import AdapterSpec
+from common.errors import AdapterError
+from common.messages import Release
+
+
+class Rejection(StrEnum):
+    """Why a reply does not count."""
+
+    UNREADABLE = "unreadable"
+    """Not a message of the agreed form."""
+    NODE_ERROR = "node-error"
+    """Flower reports an error of the node, or its relay had no answer from the agent."""
+    WRONG_SITE = "wrong-site"
+    """The reply names another site than the one asked."""
+    STALE = "stale"
+    """The reply belongs to another run, round or request."""
+    LAYOUT = "layout"
+    """Other tensors or shapes than this round trains."""
+    NOT_FINITE = "not-finite"
+    """NaN or Inf in the update."""
+    LATE = "late"
+    """No reply before the deadline. The site's ε stays spent."""
+
+
+def examine(
+    reply: Release, site: str, run_id: str, round: int, request_digest: str, spec: AdapterSpec
+) -> Rejection | None:
+    """``None`` if the release counts.
+
+    Args:
+        spec: layout of exactly the tensors this round trains.
+    """
+    if reply.site != site:
+        return Rejection.WRONG_SITE
+    if (reply.run_id, reply.round, reply.request_digest) != (run_id, round, request_digest):
+        return Rejection.STALE
+    try:
+        spec.check(reply.update, "reply")
+    except AdapterError:
+        return Rejection.LAYOUT
+    if not all(bool(np.isfinite(array).all()) for array in reply.update.values()):
+        return Rejection.NOT_FINITE
+    return None

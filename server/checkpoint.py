@@ -1,0 +1,214 @@
+"""The run's folder: what a run leaves behind, and what it resumes from. Every write is atomic and durable.
+
+::
+
+    DIR/run.toml            the settings, resolved
+    DIR/manifest.json       run id, versions, digests, public seeds
+    DIR/rounds.jsonl        one line per finished round (line 0: before round 1)
+    DIR/rounds/N/           the cohort, each admitted reply, the admitted set of round N while it is open
+    DIR/checkpoint/N/       state after round N (safetensors + JSON); LATEST names the current one
+    DIR/adapter/            the best adapter, plain PEFT
+    DIR/summary.json        the result
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load, load_file, save
+
+from common.errors import OutputError
+from common.messages import Tensors
+
+SCHEMA_VERSION = 1
+Arrays = Mapping[str, npt.NDArray[Any]]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file has either its old or its new content, whatever happens, and the new one is on disk on return."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def to_json(value: Any) -> bytes:
+    """Indented JSON; NaN and Inf become null, so that any reader can parse it."""
+    return (json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    return value
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State between two rounds."""
+
+    round: int
+    """Last finished round; 0 before the first."""
+    next_round: int
+    phase: str
+    best_round: int
+    history: tuple[dict[str, Any], ...]
+    """One record per finished round, as in rounds.jsonl."""
+    aggregator: Arrays
+    best: Arrays
+    """The best adapter so far."""
+
+
+class RunFolder:
+    """A run's folder, new or resumed.
+
+    Raises:
+        OutputError: it already holds another run, or nothing to resume.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, run_toml: str, manifest: Mapping[str, Any]) -> RunFolder:
+        """A new run's folder."""
+        folder = cls(path)
+        folder.refuse_other_run()
+        write_atomically(path / "manifest.json", to_json(manifest))
+        write_atomically(path / "run.toml", run_toml.encode())
+        return folder
+
+    def refuse_other_run(self) -> None:
+        """Raises OutputError if the folder cannot take a new run."""
+        if self.path.is_file():
+            raise OutputError(f"--out {self.path}: is a file; give a new folder")
+        held = [name for name in ("run.toml", "manifest.json", "rounds.jsonl") if (self.path / name).exists()]
+        if held:
+            raise OutputError(
+                f"--out {self.path}: already holds a run ({held[0]}); give a new folder, or --resume {self.path}"
+            )
+
+    def manifest(self) -> dict[str, Any]:
+        """The run's manifest.
+
+        Raises:
+            OutputError: there is none, or it is of a newer version.
+        """
+        file = self.path / "manifest.json"
+        if not file.is_file() or not (self.path / "run.toml").is_file():
+            raise OutputError(f"--resume {self.path}: holds no run (manifest.json or run.toml is missing)")
+        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if manifest.get("schema_version", 0) > SCHEMA_VERSION:
+            raise OutputError(f"--resume {self.path}: was written by a newer version; update this installation")
+        return manifest
+
+    # ---- inside a round ------------------------------------------------------------------------------------------
+
+    def round_folder(self, round: int) -> Path:
+        """Where the open round's cohort and replies are kept."""
+        return self.path / "rounds" / str(round)
+
+    def cohort(self, round: int) -> tuple[str, ...] | None:
+        """The stored cohort of an open round."""
+        return self._names(self.round_folder(round) / "cohort.json")
+
+    def store_cohort(self, round: int, sites: tuple[str, ...]) -> None:
+        """Stored before anything is sent."""
+        write_atomically(self.round_folder(round) / "cohort.json", to_json(list(sites)))
+
+    def store_reply(self, round: int, site: str, request_digest: str, update: Tensors) -> None:
+        """Spills one admitted reply to disk."""
+        content = save(
+            {name: np.ascontiguousarray(array) for name, array in update.items()}, {"request": request_digest}
+        )
+        write_atomically(self.round_folder(round) / f"{site}.safetensors", content)
+
+    def reply(self, round: int, site: str) -> dict[str, npt.NDArray[Any]]:
+        """A spilled reply."""
+        return dict(load_file(self.round_folder(round) / f"{site}.safetensors"))
+
+    def replies(self, round: int) -> set[str]:
+        """Sites whose reply is on disk."""
+        return {file.stem for file in self.round_folder(round).glob("*.safetensors")}
+
+    def outcome(self, round: int) -> dict[str, Any] | None:
+        """The closed round's admitted set, refusals, rejections and figures."""
+        file = self.round_folder(round) / "outcome.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def store_outcome(self, round: int, outcome: Mapping[str, Any]) -> None:
+        """Stored before anything is folded."""
+        write_atomically(self.round_folder(round) / "outcome.json", to_json(outcome))
+
+    def _names(self, file: Path) -> tuple[str, ...] | None:
+        return tuple(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+    # ---- between rounds ------------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes the checkpoint, points LATEST at it, then tidies up what it replaces."""
+        folder = self.path / "checkpoint" / str(checkpoint.round)
+        arrays = {f"aggregator/{name}": array for name, array in checkpoint.aggregator.items()}
+        arrays |= {f"best/{name}": array for name, array in checkpoint.best.items()}
+        content = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
+        write_atomically(folder / "state.safetensors", content)
+        state = {
+            "schema_version": SCHEMA_VERSION,
+            "round": checkpoint.round,
+            "next_round": checkpoint.next_round,
+            "phase": checkpoint.phase,
+            "best_round": checkpoint.best_round,
+            "history": checkpoint.history,
+        }
+        write_atomically(folder / "state.json", to_json(state))
+        write_atomically(self.path / "checkpoint" / "LATEST", str(checkpoint.round).encode())
+        lines = b"".join(json.dumps(_plain(record), allow_nan=False).encode() + b"\n" for record in checkpoint.history)
+        write_atomically(self.path / "rounds.jsonl", lines)
+        for old in (self.path / "checkpoint").iterdir():
+            if old.is_dir() and old.name != str(checkpoint.round):
+                shutil.rmtree(old)
+        shutil.rmtree(self.round_folder(checkpoint.round), ignore_errors=True)
+
+    def latest(self) -> Checkpoint | None:
+        """The last checkpoint, if any."""
+        pointer = self.path / "checkpoint" / "LATEST"
+        if not pointer.is_file():
+            return None
+        folder = self.path / "checkpoint" / pointer.read_text(encoding="utf-8").strip()
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if state["schema_version"] > SCHEMA_VERSION:
+            raise OutputError(f"--resume {self.path}: its checkpoint was written by a newer version; update")
+        arrays = load((folder / "state.safetensors").read_bytes())
+        parts: dict[str, dict[str, npt.NDArray[Any]]] = {"aggregator": {}, "best": {}}
+        for key, array in arrays.items():
+            part, _, name = key.partition("/")
+            parts[part][name] = array
+        return Checkpoint(
+            state["round"],
+            state["next_round"],
+            state["phase"],
+            state["best_round"],
+            tuple(state["history"]),
+            parts["aggregator"],
+            parts["best"],
+        )

@@ -1,0 +1,62 @@
+"""Applies a finished adapter to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from common.adapted import INPUT, AdaptedModel
+from common.adapter import load_adapter
+from common.config import LoraSection, TaskSection, validate
+from common.data.read import read_rows
+from common.errors import AdapterError
+from common.examples import Examples
+from common.model import Placement, load_base, locate
+from common.tasks.base import Encoded, Predicts
+from common.tasks.registry import task_of
+
+ROWS = 32
+
+
+def predict(
+    adapter: Path, source: Path, columns: Mapping[str, str], model: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """One answer per row of the file, in order; a row that cannot be read gives ``{"error": …}``.
+
+    Args:
+        columns: field → column of the inputs.
+        model: base model, if it is to be found elsewhere than when the adapter was trained.
+
+    Raises:
+        AdapterError: not an adapter of this base model.
+        DataError: file or column missing.
+    """
+    state, card = load_adapter(adapter)
+    settings = validate(TaskSection, card["task"], f"{adapter}/consilium.json")
+    task = task_of(settings)
+    base = load_base(locate(model or card["model"]), task, Placement.choose(), card["pooling"])
+    if base.digest != card["model_digest"]:
+        raise AdapterError(
+            f"adapter {adapter}: was trained on another base model ({card['model_digest'][:12]}, this is "
+            f"{base.digest[:12]}); give the right one with --model"
+        )
+    adapted = AdaptedModel(base, task, validate(LoraSection, card["lora"], f"{adapter}/consilium.json"))
+    adapted.load(state)
+    assert isinstance(task, Predicts)
+    rows = read_rows(str(source), "test", task.inputs, dict(columns))
+    yield from task.predict(lambda encoded: _logits(adapted, encoded), adapted.network, base.tokenizer, rows)
+
+
+def _logits(model: AdaptedModel, encoded: Sequence[Encoded | None]) -> list[torch.Tensor]:
+    """Logits of each row, in order."""
+    examples = Examples(encoded, model.task)
+    results: dict[int, torch.Tensor] = {}
+    with torch.no_grad():
+        for batch in examples.batches(np.arange(len(examples)), ROWS, model, INPUT):
+            logits = model.top(batch.inputs, batch.mask, INPUT)
+            results.update({int(index): logits[row] for row, index in enumerate(batch.indices)})
+    return [results[index] for index in range(len(examples))]

@@ -1,0 +1,89 @@
+"""From settings to what the round loop needs: resident model, plan, initial adapter, evaluator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from common.adapted import AdaptedModel
+from common.adapter import AdapterState
+from common.algorithms import LOCAL_RULES
+from common.config import RunConfig
+from common.errors import ConfigError
+from common.model import BaseModel, Placement, load_base, locate
+from common.plan import Plan, plan_of
+from common.tasks.registry import task_of
+from server.evaluation import Evaluator, HeldOut, held_out, test_exists
+from server.rounds import VALIDATION
+
+TEST = "test"
+
+
+def resident_model(config: RunConfig) -> AdaptedModel:
+    """Loads the base model once and attaches the run's adapter.
+
+    Raises:
+        ModelError: the model does not fit the settings.
+    """
+    task = task_of(config.task)
+    simulation = config.simulation
+    placement = Placement.choose(simulation.device, simulation.dtype, simulation.gradient_checkpointing)
+    base: BaseModel = load_base(locate(config.model.name, config.model.revision), task, placement, config.task.pooling)
+    return AdaptedModel(base, task, config.lora)
+
+
+def initial_adapter(config: RunConfig, model: AdaptedModel) -> AdapterState:
+    """The adapter before round 1, from the public seed and the label names alone.
+
+    Raises:
+        ConfigError: the phases' algorithms start A differently.
+    """
+    starts = {LOCAL_RULES[phase.algorithm].orthonormal_a for phase in config.phases if "lora" in phase.train}
+    if len(starts) > 1:
+        raise ConfigError("phase.algorithm: phases with different starts of A (ffa, fedit) cannot be mixed in one run")
+    return model.initial_state(config.run.seed, orthonormal=starts != {False})
+
+
+def splits(config: RunConfig, model: AdaptedModel) -> dict[str, HeldOut]:
+    """The server's own validation split, and its test split where there is one.
+
+    Raises:
+        ConfigError: no path is set.
+        DataError: the validation split is missing or wrong.
+    """
+    evaluation = config.evaluation
+    source = evaluation.path or config.data.path
+    if source is None:
+        raise ConfigError("evaluation.path: is missing; give the folder of the server's own held-out data")
+    columns: Mapping[str, str] = config.data.columns if evaluation.columns is None else evaluation.columns
+    found = {VALIDATION: held_out(model, source, evaluation.validation, columns, evaluation.limit)}
+    if evaluation.test and test_exists(source, evaluation.test):
+        found[TEST] = held_out(model, source, evaluation.test, columns, evaluation.limit)
+    return found
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs before its first round."""
+
+    config: RunConfig
+    model: AdaptedModel
+    plan: Plan
+    initial: AdapterState
+    evaluator: Evaluator
+
+
+def prepare(
+    config: RunConfig, run_id: str, model: AdaptedModel | None = None, evaluator: Evaluator | None = None
+) -> Prepared:
+    """Loads what is not given, and makes the plan.
+
+    Raises:
+        ConsiliumError: settings, model or evaluation data do not fit.
+    """
+    model = model or resident_model(config)
+    evaluator = evaluator or Evaluator(
+        model, splits(config, model), config.evaluation.metric, config.evaluation.generate
+    )
+    plan = plan_of(config, run_id, model.base.digest, model.spec.digest())
+    return Prepared(config, model, plan, initial_adapter(config, model), evaluator)

@@ -1,0 +1,138 @@
+"""What a run says about itself: manifest, summary, adapter card, TensorBoard events."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from common.adapter import save_adapter
+from common.code import code_digest
+from common.messages import SiteDescription
+from server.checkpoint import SCHEMA_VERSION, RunFolder, to_json, write_atomically
+from server.prepare import Prepared
+from server.rounds import Result
+
+PACKAGES = ("consilium", "torch", "transformers", "peft", "opacus", "flwr", "numpy", "safetensors")
+
+
+def manifest(prepared: Prepared, run_id: str, kind: str) -> dict[str, Any]:
+    """What was run with what: versions, public seeds, digests. Never a digest of a site's data."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run_id,
+        "kind": kind,
+        "plan_digest": prepared.plan.digest(),
+        "model": prepared.config.model.name,
+        "model_digest": prepared.model.base.digest,
+        "code_digest": code_digest(),
+        "seed": prepared.config.run.seed,
+        "evaluation_data_digests": {name: split.digest() for name, split in prepared.evaluator.splits.items()},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+
+
+def summary(
+    prepared: Prepared, run_id: str, result: Result, test: Mapping[str, float] | None, adapter: Path
+) -> dict[str, Any]:
+    """The result: final and per-round metrics, bytes, seconds, and each site's privacy statement."""
+    rounds = [record for record in result.history if record["round"] > 0]
+    best = next(record for record in result.history if record["round"] == result.best_round)
+    seconds: dict[str, float] = {}
+    by_phase: dict[str, float] = {}
+    for record in result.history:
+        for part, value in record["seconds"].items():
+            seconds[part] = round(seconds.get(part, 0.0) + value, 4)
+            by_phase[record["phase"]] = round(by_phase.get(record["phase"], 0.0) + value, 4)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run_id,
+        "status": "completed",
+        "privacy": prepared.config.privacy.mechanism,
+        "metric": prepared.evaluator.metric,
+        "best_round": result.best_round,
+        "base": result.history[0]["metrics"],
+        "validation": best["metrics"],
+        "test": test,
+        "adapter": str(adapter),
+        "bytes_down": sum(record["bytes_down"] for record in rounds),
+        "bytes_up": sum(record["bytes_up"] for record in rounds),
+        "seconds": seconds,
+        "seconds_by_phase": by_phase,
+        "sites": {site: _site(one, site, rounds) for site, one in sorted(result.participants.items())},
+        "absent": dict(result.absent),
+        "rounds": list(result.history),
+    }
+
+
+def _site(description: SiteDescription, site: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "public_size": description.public_size,
+        "privacy": asdict(description.privacy) if description.privacy else None,
+        "rounds_admitted": sum(site in record["admitted"] for record in rounds),
+        "rounds_refused": sum(site in record["refused"] for record in rounds),
+        "rounds_rejected": sum(site in record["rejected"] for record in rounds),
+    }
+
+
+def finish(
+    prepared: Prepared,
+    run_id: str,
+    folder: RunFolder,
+    result: Result,
+    test: Mapping[str, float] | None,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Writes adapter, TensorBoard events and summary; returns the summary.
+
+    Args:
+        test: metrics on the test split, which is looked at once.
+        more: further entries of the summary.
+    """
+    adapter = folder.path / "adapter"
+    content = {**summary(prepared, run_id, result, test, adapter), **(more or {})}
+    statements = {site: entry["privacy"] for site, entry in content["sites"].items()}
+    save_adapter(adapter, result.adapter, prepared.model.peft_config(), card(prepared, run_id, statements))
+    write_events(folder.path / "tensorboard", result.history)
+    write_atomically(folder.path / "summary.json", to_json(content))
+    return content
+
+
+def card(prepared: Prepared, run_id: str, statements: Mapping[str, Any]) -> dict[str, Any]:
+    """``consilium.json``: what is needed to use the adapter as it was trained, and what privacy it was trained with."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "run_id": run_id,
+        "model": prepared.config.model.name,
+        "model_digest": prepared.model.base.digest,
+        "adapter_digest": prepared.model.spec.digest(),
+        "pooling": prepared.model.base.pooling,
+        "task": prepared.config.task.model_dump(mode="json"),
+        "lora": prepared.config.lora.model_dump(mode="json"),
+        "privacy": statements,
+    }
+
+
+def write_events(folder: Path, history: tuple[dict[str, Any], ...]) -> None:
+    """TensorBoard events of the whole history."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    for old in folder.glob("events.out.tfevents.*"):
+        old.unlink()
+    with SummaryWriter(str(folder)) as writer:
+        for record in history:
+            for name, value in record["metrics"].items():
+                writer.add_scalar(f"validation/{name}", value, record["round"])
+            for key in ("bytes_up", "bytes_down"):
+                if key in record:
+                    writer.add_scalar(f"wire/{key}", record[key], record["round"])
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

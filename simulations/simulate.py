@@ -1,0 +1,246 @@
+"""A whole federation in one process: the real server loop, the real sites, one resident base model.
+
+With ``simulation.compare`` the same data and the same cached features also train each site alone at the same ε, and the
+federation without privacy; the test split is looked at once, at the very end, for all of them.
+"""
+
+from __future__ import annotations
+
+import resource
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.audit_log import AuditLog
+from client.config import PolicySection
+from client.policy import Policy, rounded
+from client.privacy.ledger import Ledger
+from client.site import Resources, Site
+from common.adapted import AdaptedModel
+from common.adapter import AdapterState
+from common.code import code_digest
+from common.config import RunConfig
+from common.data.load import encode_all, load_rows
+from common.data.read import Rows
+from common.data.split import by_column, count, dealt
+from common.errors import ConfigError, OutputError
+from common.examples import Examples
+from common.messages import SiteService
+from server.checkpoint import RunFolder
+from server.evaluation import Evaluator
+from server.prepare import TEST, Prepared, prepare, resident_model, splits
+from server.report import finish, manifest
+from server.rounds import Coordinator, Progress, Result
+from server.settings import resolved_toml
+from simulations.grid import InProcessGrid
+
+OPEN_LEDGERS = 100
+"""Above so many sites each ledger is closed between uses, so that file handles do not grow with the sites."""
+
+Watch = Callable[[str, int], AbstractContextManager[Progress]]
+"""(title, rounds) → who watches that run."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One training run of a comparison."""
+
+    title: str
+    folder: Path
+    config: RunConfig
+    sites: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An arm and what came of it."""
+
+    arm: Arm
+    prepared: Prepared
+    result: Result
+
+
+class Federation:
+    """The data of all sites, encoded once, and one resident model; arms are run on it one after the other."""
+
+    def __init__(self, config: RunConfig, model: AdaptedModel | None = None) -> None:
+        if config.data.path is None:
+            raise ConfigError("data.path: is missing; give a folder, a file or a hub data set (--set data.path=PATH)")
+        self.config = config
+        self.model = model or resident_model(config)
+        rows, values = load_rows(
+            config.data.path, "train", self.model.task, config.data.columns, config.data.site_column
+        )
+        self.parts = self._partition(rows, values)
+        encoded = encode_all(rows, self.model.task, self.model.base.tokenizer, f"{config.data.path} (train)").encoded
+        self.examples = {
+            site: Examples([encoded[index] for index in indices], self.model.task)
+            for site, indices in self.parts.items()
+        }
+        self.evaluator = Evaluator(
+            self.model, splits(config, self.model), config.evaluation.metric, config.evaluation.generate
+        )
+
+    def _partition(self, rows: Rows, values: list[object]) -> dict[str, list[int]]:
+        if self.config.data.site_column is not None:
+            return {_site_name(site): indices for site, indices in by_column(values).items()}
+        if self.config.data.sites is None:
+            raise ConfigError("data.site_column or data.sites: one is needed, to say which rows belong to which site")
+        return dealt(count(rows), self.config.data.sites, self.config.run.seed)
+
+    def public_size(self, site: str) -> int:
+        """What the simulated site declares."""
+        size = len(self.parts[site])
+        return size if self.config.simulation.public_size == "exact" else rounded(size)
+
+    def run(self, arm: Arm, run_id: str, resume: bool, watch: Watch) -> Trained:
+        """Runs (or resumes) one arm to its end."""
+        prepared = prepare(arm.config, run_id, self.model, self.evaluator)
+        folder = RunFolder(arm.folder)
+        if not (resume and (arm.folder / "manifest.json").exists()):
+            folder = RunFolder.create(arm.folder, resolved_toml(arm.config), manifest(prepared, run_id, "simulation"))
+        elif folder.manifest()["plan_digest"] != prepared.plan.digest():
+            raise OutputError(f"--resume {arm.folder}: the run was started with other settings; give a new folder")
+        with self._sites(arm, prepared) as sites, watch(arm.title, prepared.plan.rounds) as progress:
+            coordinator = Coordinator(
+                InProcessGrid(sites),
+                arm.config,
+                prepared.plan,
+                self.model,
+                self.evaluator,
+                folder,
+                code_digest(),
+                progress,
+                poll_seconds=0.0,
+            )
+            return Trained(arm, prepared, coordinator.run(prepared.initial))
+
+    @contextmanager
+    def _sites(self, arm: Arm, prepared: Prepared) -> Iterator[Mapping[str, SiteService]]:
+        """The arm's sites, each with a fresh ledger under the arm's folder."""
+        ledgers = []
+        sites: dict[str, SiteService] = {}
+        for name in arm.sites:
+            folder = arm.folder / "sites" / name
+            ledger = Ledger(folder, durable=False, keep_open=len(arm.sites) <= OPEN_LEDGERS)
+            ledgers.append(ledger)
+            sites[name] = Site(
+                name,
+                self._policy(name, arm.config),
+                ledger,
+                AuditLog(folder / "audit.jsonl", durable=False),
+                Resources(
+                    model=lambda plan: self.model,
+                    examples=lambda plan, model, name=name: self.examples[name],  # type: ignore[misc]
+                    physical_batch=arm.config.simulation.physical_batch,
+                ),
+                code_digest(),
+                fixed_seed=arm.config.simulation.seed,
+            )
+        try:
+            yield sites
+        finally:
+            for ledger in ledgers:
+                ledger.close()
+
+    def _policy(self, site: str, config: RunConfig) -> Policy:
+        """A simulated site allows its own run and nothing else."""
+        epsilon = config.privacy.epsilon or 1.0
+        section = PolicySection(
+            public_size=self.public_size(site),
+            lifetime_epsilon=1e6,
+            max_epsilon=epsilon,
+            max_delta=1e-3,
+            max_rank=config.lora.r,
+            allow_no_privacy=config.privacy.mechanism == "none",
+            approval="automatic",
+        )
+        return Policy(self.public_size(site), section, (config.data.name,), (self.model.base.digest,))
+
+
+def simulate(config: RunConfig, out: Path, resume: bool, watch: Watch) -> dict[str, Any]:
+    """Runs the federation (and, with ``compare``, its comparisons) and writes everything under ``out``.
+
+    Returns:
+        The summary, with ``comparison`` and ``test`` figures where there is a test split.
+
+    Raises:
+        ConsiliumError: settings, data or folder do not fit.
+    """
+    folder = RunFolder(out)
+    if resume:
+        run_id = folder.manifest()["run_id"]
+    else:
+        folder.refuse_other_run()
+        run_id = f"{config.run.name}-{secrets.token_hex(4)}"
+    federation = Federation(config)
+    trained = [
+        federation.run(arm, run_id if arm.folder == out else f"{run_id}/{arm.folder.name}", resume, watch)
+        for arm in _arms(config, out, tuple(federation.parts))
+    ]
+    main = trained[0]
+    rows = _comparison(federation, trained) if config.simulation.compare else {"federated": _on_test(federation, main)}
+    more: dict[str, Any] = {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+    if config.simulation.compare:
+        more["comparison"] = rows
+    return finish(main.prepared, run_id, folder, main.result, rows["federated"].get("test"), more)
+
+
+def _arms(config: RunConfig, out: Path, sites: tuple[str, ...]) -> list[Arm]:
+    arms = [Arm("federated", out, config, sites)]
+    if not config.simulation.compare:
+        return arms
+    if config.privacy.mechanism != "none":
+        free = config.model_copy(update={"privacy": config.privacy.model_copy(update={"mechanism": "none"})})
+        arms.append(Arm("federated without privacy", out / "arms" / "no-privacy", free, sites))
+    one = config.server.model_copy(update={"min_sites": 1, "min_replies": 1, "cohort": 1.0})
+    alone = config.model_copy(update={"server": one})
+    arms += [Arm(f"{site} alone", out / "arms" / f"alone-{site}", alone, (site,)) for site in sites]
+    return arms
+
+
+def _comparison(federation: Federation, trained: list[Trained]) -> dict[str, dict[str, Any]]:
+    """Base, best single site (chosen on validation), federated with and without privacy: validation and test."""
+    evaluator, metric = federation.evaluator, federation.evaluator.metric
+    main = trained[0]
+    base = main.result.history[0]["metrics"]
+    rows: dict[str, dict[str, Any]] = {
+        "base": {"validation": base, **_test(federation, main.prepared.initial)},
+    }
+    singles = [entry for entry in trained if len(entry.arm.sites) == 1 and entry is not main]
+    best: Trained | None = None
+    for entry in singles:
+        if best is None or evaluator.better(_best(entry)[metric], _best(best)[metric]):
+            best = entry
+    if best is not None:
+        rows["best_single_site"] = {"site": best.arm.sites[0], **_on_test(federation, best)}
+    rows["federated"] = _on_test(federation, main)
+    for entry in trained[1:]:
+        if entry.arm.folder.name == "no-privacy":
+            rows["federated_without_privacy"] = _on_test(federation, entry)
+    return rows
+
+
+def _best(entry: Trained) -> dict[str, float]:
+    record = next(one for one in entry.result.history if one["round"] == entry.result.best_round)
+    metrics: dict[str, float] = record["metrics"]
+    return metrics
+
+
+def _on_test(federation: Federation, entry: Trained) -> dict[str, Any]:
+    return {"validation": _best(entry), **_test(federation, entry.result.adapter)}
+
+
+def _test(federation: Federation, adapter: AdapterState) -> dict[str, Any]:
+    if TEST not in federation.evaluator.splits:
+        return {}
+    return {"test": federation.evaluator.evaluate(adapter, TEST)}
+
+
+def _site_name(value: str) -> str:
+    """A site's name as it may stand in paths and reports."""
+    name = "".join(char if char.isalnum() or char in "._-" else "-" for char in value)[:64]
+    return name if name[:1].isalnum() else f"s{name}"
