@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,15 @@ def test_spelling_is_british_or_american_by_hospital(rows: dict[str, list[Row]])
 def test_no_text_occurs_twice_within_or_across_splits(rows: dict[str, list[Row]]) -> None:
     texts = [row["text"] for split in SPLITS for row in rows[split]]
     assert len(set(texts)) == len(texts)
+
+
+def test_a_text_that_was_drawn_before_is_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Natural repetitions are too rare to show this, so here the writer offers every text three times."""
+    drawn = count()
+    monkeypatch.setattr(demo._Notes, "text", lambda *_: f"note {next(drawn) // 3}")
+    folder = write_demo_data(tmp_path)
+    texts = [row["text"] for split in SPLITS for row in read(folder, split)]
+    assert sorted(texts) == sorted(f"note {number}" for number in range(2700))
 
 
 def test_near_duplicates_between_train_and_test_are_rare(rows: dict[str, list[Row]]) -> None:

@@ -286,7 +286,7 @@ def test_losses_far_beyond_every_useful_epsilon_are_still_bounded_tightly() -> N
 
 @pytest.mark.parametrize("delta", [1e-9, 1e-10, 1e-11, 1e-12])
 def test_rounding_errors_at_a_tiny_delta_never_lower_epsilon_below_the_truth(delta: float) -> None:
-    """30000 steps of mu = 0.5 in all; with q just below 1 they go through the grid, whose rounding errors reach 1e-12."""
+    """30000 steps, mu = 0.5 in all; with q just below 1 they go through the grid, whose rounding reaches 1e-12."""
     steps, sigma = 30_000, math.sqrt(30_000) / 0.5
     exact = epsilon([Segment(1.0, sigma, steps)], delta)
     assert exact <= epsilon([Segment(1 - 1e-12, sigma, steps)], delta) <= 1.2 * exact
