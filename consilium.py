@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import NoReturn
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -14,6 +15,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("DO_NOT_TRACK", "1")
 
+import click
 import typer
 
 import client.cli
@@ -22,6 +24,9 @@ import server.cli
 import simulations.cli
 from common.errors import ConsiliumError
 from common.logs import LogFormat, set_up_logging
+
+INTERRUPTED = 130
+"""Typer turns KeyboardInterrupt into this code."""
 
 app = typer.Typer(
     name="consilium",
@@ -52,13 +57,27 @@ app.add_typer(common.privacy.cli.app, name="privacy")
 def main() -> None:
     """Entry point of ``consilium``."""
     try:
-        app()
+        # Outside its standalone mode, click hands over what it would otherwise swallow or print in its own way.
+        code = app(standalone_mode=False)
     except ConsiliumError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; what was finished is kept, continue with --resume", file=sys.stderr)
-        sys.exit(130)
+        _leave(f"error: {error}", error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        sys.exit(error.exit_code)  # the help is on the screen
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "consilium"
+        _leave(f"error: {error.format_message()} See '{command} --help'.", error.exit_code)
+    except click.ClickException as error:
+        _leave(f"error: {error.format_message()}", error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        _leave("interrupted; what was finished is kept, continue with --resume", INTERRUPTED)
+    sys.exit(code)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

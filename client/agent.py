@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import ssl
 import threading
 from collections.abc import Iterator
 from concurrent import futures
@@ -64,6 +65,34 @@ def _abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
     raise AssertionError("abort raises")
 
 
+def _credentials(tls: TlsSection) -> grpc.ServerCredentials:
+    """Certificates for both sides. They are tried here, because gRPC would say of any fault only that it cannot bind.
+
+    Raises:
+        ConnectionFailed: a file cannot be read or is not what it should be.
+    """
+    trial = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        trial.load_verify_locations(tls.authority)
+    except ssl.SSLError:
+        raise ConnectionFailed(f"tls.authority = '{tls.authority}': is not a PEM certificate") from None
+    except OSError as error:
+        raise ConnectionFailed(f"tls.authority = '{tls.authority}': cannot be read ({error.strerror})") from None
+    try:
+        trial.load_cert_chain(tls.certificate, tls.key, password=lambda: b"")
+        pair = (tls.key.read_bytes(), tls.certificate.read_bytes())
+    except ssl.SSLError as error:
+        raise ConnectionFailed(
+            f"tls.key = '{tls.key}': is not the unencrypted PEM key of tls.certificate = '{tls.certificate}' "
+            f"({error.reason or 'not PEM'}); give the pair that was issued together"
+        ) from None
+    except OSError as error:
+        raise ConnectionFailed(
+            f"tls.certificate = '{tls.certificate}', tls.key = '{tls.key}': cannot be read ({error.strerror})"
+        ) from None
+    return grpc.ssl_server_credentials([pair], tls.authority.read_bytes(), True)
+
+
 class Agent:
     """Serves a site until stopped.
 
@@ -94,12 +123,7 @@ class Agent:
                 port = self._server.add_insecure_port(self.listen)
             else:
                 assert tls is not None
-                credentials = grpc.ssl_server_credentials(
-                    [(tls.key.read_bytes(), tls.certificate.read_bytes())], tls.authority.read_bytes(), True
-                )
-                port = self._server.add_secure_port(self.listen, credentials)
-        except OSError as error:
-            raise ConnectionFailed(f"tls: {error.filename} cannot be read ({error.strerror}); check [tls]") from None
+                port = self._server.add_secure_port(self.listen, _credentials(tls))
         except RuntimeError:
             port = 0
         if port == 0:
@@ -113,6 +137,10 @@ class Agent:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             return
+        if not path.is_socket():
+            raise ConnectionFailed(
+                f"site.listen = '{self.listen}': there is a file that is no socket; give another path"
+            )
         channel = grpc.insecure_channel(self.listen)
         try:
             grpc.channel_ready_future(channel).result(timeout=0.5)

@@ -16,7 +16,7 @@ from flwr.clientapp import ClientApp
 
 from common import wire
 from common.code import code_digest
-from common.errors import ConnectionFailed
+from common.errors import ConnectionFailed, ConsiliumError
 from common.messages import SiteService
 from common.rpc import AgentAddress, RemoteSite
 
@@ -56,6 +56,9 @@ def _through_agent(relay: Relay, message: Message, context: Context) -> Message:
     try:
         with RemoteSite(_address(context.node_config)) as site:
             content = relay(message.content, site)
+    except ConsiliumError as error:
+        log.error("no answer from the site agent: %s", error)
+        content = wire.unavailable_record()
     except Exception:
         log.exception("no answer from the site agent")  # to the SuperNode's own log, at the site
         content = wire.unavailable_record()

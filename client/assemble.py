@@ -18,10 +18,12 @@ from common.code import code_digest
 from common.config import LoraSection, TaskSection
 from common.data.load import load_rows
 from common.data.read import Rows, count_rows
+from common.data.split import count, select
 from common.errors import ConfigError
 from common.examples import Examples
 from common.model import Placement, digest_of, load_base, locate
 from common.plan import Plan
+from common.tasks.base import Encoded
 from common.tasks.registry import task_of
 
 log = logging.getLogger(__name__)
@@ -75,9 +77,24 @@ class Resident:
         """The plan's data, encoded once; rows that cannot be learnt from stay as void examples."""
         key = (plan.data, plan.task, plan.model_digest)
         if key not in self._examples:
-            encoded, _ = model.task.encode(self.rows(plan.data, plan.task.name, plan.task), model.base.tokenizer)
-            self._examples[key] = Examples(encoded, model.task)
+            rows = self.rows(plan.data, plan.task.name, plan.task)
+            self._examples[key] = Examples(encode_each(rows, model), model.task)
         return self._examples[key]
+
+
+def encode_each(rows: Rows, model: AdaptedModel) -> list[Encoded | None]:
+    """The rows as the task encodes them; ``None`` for a row that cannot be learnt from, whatever is wrong with it."""
+    try:
+        return model.task.encode(rows, model.base.tokenizer)[0]
+    except Exception:
+        log.warning("the data could not be encoded in one go; each row is encoded alone")
+    encoded: list[Encoded | None] = []
+    for index in range(count(rows)):
+        try:
+            encoded += model.task.encode(select(rows, [index]), model.base.tokenizer)[0]
+        except Exception:
+            encoded.append(None)
+    return encoded
 
 
 def build_site(config: SiteConfig) -> tuple[Site, Resident]:

@@ -35,11 +35,12 @@ Examples:
 @app.command("agent", help=AGENT_HELP)
 def agent_command(config: Config = Path("site.toml")) -> None:
     """Serves until SIGTERM or SIGINT."""
-    from client.agent import Agent
-    from client.assemble import build_site
     from client.config import read_site_config
 
-    settings = read_site_config(config)
+    settings = read_site_config(config)  # before what takes seconds to import
+    from client.agent import Agent
+    from client.assemble import build_site
+
     site, resident = build_site(settings)
     resident.warm_up()
     agent = Agent(site, settings.site.listen, settings.tls)

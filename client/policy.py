@@ -10,6 +10,9 @@ from common.messages import RefusalReason
 from common.plan import Plan
 from common.privacy.accounting import default_delta
 
+LEAST_CLIP_NORM, LARGEST_CLIP_NORM = 1e-6, 1e6
+"""Beyond them rounding in fp32 could let a clipped gradient exceed the clip norm noticeably."""
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -27,6 +30,7 @@ class Policy:
             and plan.model_digest in self.model_digests
             and plan.task.name in self.section.tasks
             and plan.lora.r <= self.section.max_rank
+            and _is_sound(plan)
             and self._allows_privacy(plan)
         )
         if not allowed:
@@ -39,6 +43,15 @@ class Policy:
         assert plan.privacy.epsilon is not None
         delta = plan.privacy.delta or default_delta(self.public_size)
         return plan.privacy.epsilon <= self.section.max_epsilon and delta <= self.section.max_delta
+
+
+def _is_sound(plan: Plan) -> bool:
+    """Whether each phase has its own name, which the ledger charges by, and a clip norm that fp32 can hold well."""
+    names = [phase.name for phase in plan.phases]
+    clip_norms = [phase.clip_norm for phase in plan.phases]
+    return (
+        0 < len(names) == len(set(names)) and LEAST_CLIP_NORM <= min(clip_norms) <= max(clip_norms) <= LARGEST_CLIP_NORM
+    )
 
 
 def rounded(size: int) -> int:

@@ -98,6 +98,8 @@ class Site:
             self._receive(plan, digest)
         entry = self.ledger.plan(digest)
         assert entry is not None
+        if entry.decision is Decision.WAITING and self.policy.section.approval == "automatic":
+            return self._approve(entry)
         return entry
 
     def _receive(self, plan: Plan, digest: str) -> None:
@@ -111,9 +113,14 @@ class Site:
                 refusal = RefusalReason.POLICY
         self.ledger.receive(digest, plan.run_id, plan.canonical(), WHOLE_SITE, statement, refusal)
         self.audit.append("plan received", run=plan.run_id, plan=digest, refusal=refusal)
-        if refusal is None and self.policy.section.approval == "automatic":
-            decision = self.ledger.approve(digest)
-            self.audit.append("plan decided", run=plan.run_id, plan=digest, decision=decision, by="policy")
+
+    def _approve(self, entry: PlanEntry) -> PlanEntry:
+        """Charges the plan's whole cost, or refuses it, without a person."""
+        decision = self.ledger.approve(entry.digest)
+        self.audit.append("plan decided", run=entry.run_id, plan=entry.digest, decision=decision, by="policy")
+        decided = self.ledger.plan(entry.digest)
+        assert decided is not None
+        return decided
 
     # ---- train: one round ---------------------------------------------------------------------------------------
 
@@ -173,7 +180,7 @@ class Site:
         )
         return train_round(
             model,
-            self.resources.examples(plan, model),
+            self._examples(plan, model),
             request.adapter,
             plan.phase_of(request.round),
             names,
@@ -181,6 +188,14 @@ class Site:
             reservation.secret,
             self.resources.physical_batch,
         )
+
+    def _examples(self, plan: Plan, model: AdaptedModel) -> Examples:
+        """The plan's data; none at all where they cannot be read, since a missing release would tell of that."""
+        try:
+            return self.resources.examples(plan, model)
+        except Exception:
+            log.exception("data '%s' cannot be read, so the release is noise; see 'consilium site check'", plan.data)
+            return Examples([], model.task)
 
     def _fresh_secret(self, round: int) -> RoundSecret:
         """From the operating system; in simulations and tests from the fixed seed, whatever the run is called."""

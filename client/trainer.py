@@ -13,6 +13,7 @@ from client.privacy.sampling import RoundSecret
 from common.adapted import AdaptedModel, Cut
 from common.adapter import AdapterState
 from common.config import PhaseSection
+from common.errors import ConsiliumError
 from common.examples import Batch, Examples
 from common.messages import Tensors
 
@@ -50,7 +51,8 @@ def train_round(
                 mechanism.step(step)
                 step_done()
         trained = model.state(names)
-    return {name: trained[name] - np.asarray(received[name]) for name in names}
+    with np.errstate(over="ignore", invalid="ignore"):  # of a hostile adapter; the egress gate sends zeros then
+        return {name: trained[name] - np.asarray(received[name]) for name in names}
 
 
 def _accumulate(
@@ -58,11 +60,14 @@ def _accumulate(
 ) -> None:
     """One physical batch; if it fails, each of its examples alone, and one that fails alone contributes zero.
 
-    The shape stays the same, so the other examples' gradients are the same either way.
+    The shape stays the same, so the other examples' gradients are the same either way. Whatever kind of error it is:
+    which examples are there must not decide whether a release comes.
     """
     try:
         mechanism.accumulate(lambda: _losses(model, batch, cut))
-    except (RuntimeError, IndexError, ValueError):
+    except ConsiliumError:  # the phase or the model cannot be trained at all, with any example
+        raise
+    except Exception:
         if len(batch.indices) == 1:
             log.warning("an example failed in training and contributes zero; 'consilium site check' may tell why")
             return

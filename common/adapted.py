@@ -21,7 +21,7 @@ from common.algorithms import LOCAL_RULES
 from common.config import LoraSection, PhaseSection
 from common.errors import ModelError, did_you_mean
 from common.messages import Tensors
-from common.model import BaseModel, layer_stack, pool, top_of
+from common.model import BaseModel, can_checkpoint, checkpointed, layer_stack, pool, top_of
 from common.tasks.base import Task
 
 Group = Literal["head", "A", "B"]
@@ -97,11 +97,17 @@ class AdaptedModel:
         if self.task.peft_type == "CAUSAL_LM":
             return ()
         prefix = self.network.base_model_prefix
-        return tuple(
-            name
+        heads = {
+            name: module
             for name, module in self.network.named_children()
             if name != prefix and any(True for _ in module.parameters())
-        )
+        }
+        if self.base.pooling != "model" and [type(module) for module in heads.values()] != [nn.Linear]:
+            raise ModelError(
+                f"task.pooling = '{self.base.pooling}': this model's head ({', '.join(heads)}) is not one linear map; "
+                "use task.pooling = 'model'"
+            )
+        return tuple(heads)
 
     def _attach(self) -> PeftModel:
         everywhere = self.first_adapted == 0
@@ -176,9 +182,9 @@ class AdaptedModel:
 
     def _initial_head(self) -> AdapterState:
         """Row k of a linear head = the centred, scaled embedding of label name k (public text); biases zero."""
-        settings = getattr(self.task, "settings", None)
+        settings = self.task.settings
         weights = [name for name in self.spec.names if self.group_of(name) == "head" and name.endswith("weight")]
-        if settings is None or settings.head_init != "label-names" or self.base.pooling == "model" or len(weights) != 1:
+        if settings.head_init != "label-names" or self.base.pooling == "model" or len(weights) != 1:
             return {}
         embedded = self._embed(list(settings.labels))
         embedded -= embedded.mean(axis=0)
@@ -217,19 +223,33 @@ class AdaptedModel:
         touched = []
         for parameter in self._parameters.values():
             parameter.requires_grad_(id(parameter) in wanted)
+        checkpointing = checkpointed(self._recomputed_layers(chosen))
         for name, module in self.peft.named_modules():
             own = any(id(parameter) in wanted for parameter in module.parameters(recurse=False))
             if own or (".lora_dropout." in name and isinstance(module, nn.Dropout)):
                 module.train()
                 touched.append(module)
         try:
-            yield chosen
+            with checkpointing:
+                yield chosen
         finally:
             for module in touched:
                 module.eval()
             for parameter in self._parameters.values():
                 parameter.requires_grad_(False)
                 parameter.grad = None
+
+    def _recomputed_layers(self, names: Iterable[str]) -> list[nn.Module]:
+        """The layers from the lowest trained one up, if their activations are to be recomputed in the backward pass."""
+        trained = [layer for name in names if (layer := self.layer_of(name)) is not None]
+        if not (self.base.placement.gradient_checkpointing and trained):
+            return []
+        layers = list(layer_stack(self._encoder) or ())[min(trained) :]
+        if not layers or not can_checkpoint(layers):
+            raise ModelError(
+                "device.gradient_checkpointing: is not possible for this family of models; set it to false"
+            )
+        return layers
 
     # ---- prefix and top ---------------------------------------------------------------------------------------
 
@@ -256,13 +276,41 @@ class AdaptedModel:
         assert cut.layer
         view = self._top(cut.layer)
         assert view is not None
-        with torch.no_grad(), self.peft.disable_adapter():
+        with self._base_alone():
             return pool(view(inputs_embeds=hidden, attention_mask=mask).last_hidden_state, mask, self.base.pooling)
 
     def _top(self, layer: int) -> nn.Module | None:
         if layer not in self._tops:
-            self._tops[layer] = top_of(self._encoder, layer)
+            view = top_of(self._encoder, layer)
+            self._tops[layer] = view if view is not None and self._is_exact(view, layer) else None
         return self._tops[layer]
+
+    def _is_exact(self, view: nn.Module, layer: int) -> bool:
+        """Whether a view computes what the encoder computes: families differ in what they do around their layers."""
+        ids = torch.arange(1, 9, device=self.base.placement.device).unsqueeze(0)
+        mask = torch.ones_like(ids)
+        with self._base_alone():
+            whole = self._encode(input_ids=ids, attention_mask=mask)
+            try:
+                cut = view(inputs_embeds=self._hidden_before(layer, ids, mask), attention_mask=mask).last_hidden_state
+            except (AttributeError, RuntimeError, TypeError, ValueError):
+                return False
+            if not self.task.selects_pooling:
+                whole, cut = self._stock(ids, mask), self._head(cut)
+        return cut.shape == whole.shape and torch.allclose(cut, whole, rtol=1e-4, atol=1e-5)
+
+    @contextmanager
+    def _base_alone(self) -> Iterator[None]:
+        """Without adapter and gradients. PEFT's own context leaves every tensor of the adapter trainable behind it."""
+        trainable = [parameter for parameter in self._parameters.values() if parameter.requires_grad]
+        try:
+            with torch.no_grad(), self.peft.disable_adapter():
+                yield
+        finally:
+            for parameter in self._parameters.values():
+                parameter.requires_grad_(False)
+            for parameter in trainable:
+                parameter.requires_grad_(True)
 
     def prefix(self, ids: torch.Tensor, mask: torch.Tensor, cut: Cut) -> torch.Tensor:
         """Frozen activations: features [B, H] or hidden states [B, T, H] entering ``cut.layer``.
@@ -271,7 +319,7 @@ class AdaptedModel:
             ids: token ids [B, T].
             mask: attention mask [B, T].
         """
-        with torch.no_grad(), self.peft.disable_adapter():
+        with self._base_alone():
             if cut.layer is None:
                 return pool(self._encode(input_ids=ids, attention_mask=mask), mask, self.base.pooling)
             return self._hidden_before(cut.layer, ids, mask)
@@ -306,15 +354,19 @@ class AdaptedModel:
         if cut.layer is None:
             return self._head(hidden)
         if cut == INPUT:
-            if self.task.selects_pooling and self.base.pooling == "model":
-                logits: torch.Tensor = self.network(input_ids=hidden, attention_mask=mask).logits
-                return logits
+            if self.base.pooling == "model":
+                return self._stock(hidden, mask)
             states = self._encode(input_ids=hidden, attention_mask=mask)
         else:
             view = self._top(cut.layer)
             assert view is not None
             states = view(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
         return self._head(pool(states, mask, self.base.pooling) if self.task.selects_pooling else states)
+
+    def _stock(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Logits as the stock class computes them."""
+        logits: torch.Tensor = self.network(input_ids=ids, attention_mask=mask).logits
+        return logits
 
     def _head(self, features: torch.Tensor) -> torch.Tensor:
         """Logits from pooled features [B, H] or, for a language model, from token states [B, T, H]."""
@@ -323,8 +375,6 @@ class AdaptedModel:
             assert output is not None
             logits: torch.Tensor = output(features)
             return logits
-        if len(self._heads) != 1:
-            raise ModelError("task.pooling: this model's head has several modules; use task.pooling = 'model'")
         head: Any = getattr(self.network, self._heads[0])
         logits = head(features.float())
         return logits

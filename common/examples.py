@@ -7,6 +7,7 @@ moved other rows' clipped sums by 1 % of the clip norm; at a fixed shape by exac
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +18,10 @@ import torch
 from common.adapted import INPUT, AdaptedModel, Cut
 from common.tasks.base import Encoded, Task
 
+log = logging.getLogger(__name__)
+
 BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-"""Padded lengths. The bucket of an example depends on its own length alone."""
+"""Padded lengths, none above the plan's ``max_length``. The bucket of an example depends on its own length alone."""
 
 FEATURE_ROWS = 256
 """Rows of a physical batch of pooled features; they have no length."""
@@ -50,7 +53,8 @@ class Examples:
         self.encoded = list(encoded)
         self.cache_limit = cache_limit
         lengths = np.array([1 if item is None else max(1, len(item.ids)) for item in self.encoded], np.int64)
-        self.bucket = np.array(BUCKETS)[np.searchsorted(BUCKETS, lengths)] if len(lengths) else lengths
+        buckets = np.array(BUCKETS)[np.searchsorted(BUCKETS, lengths)] if len(lengths) else lengths
+        self.bucket = np.minimum(buckets, task.settings.max_length)  # a model may have no positions beyond it
         self._cache: dict[tuple[str, str], _Prefixes] = {}
 
     def __len__(self) -> int:
@@ -104,9 +108,9 @@ class Examples:
         attention = torch.from_numpy(mask).to(device)
         inputs = torch.from_numpy(ids).to(device)
         if cached is not None and cached.stored:
-            inputs = cached.padded(chosen, rows, length).to(device)
+            inputs = cached.padded(chosen, rows, length).to(device, model.base.placement.dtype)
         elif cut != INPUT:
-            inputs = model.prefix(inputs, attention, cut)
+            inputs = _prefix_by_row(model, inputs, attention, cut, len(chosen))
         return Batch(inputs, attention, targets.to(device), weights.to(device), chosen)
 
     def _targets(self, chosen: npt.NDArray[np.int64], rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,8 +143,33 @@ class Examples:
                 store.put(chosen, model.features(batch.inputs, batch.mask, below))
             else:
                 batch = self._token_batch(chosen, rows, length, model, INPUT, None)
-                store.put(chosen, model.prefix(batch.inputs, batch.mask, cut))
+                store.put(chosen, _prefix_by_row(model, batch.inputs, batch.mask, cut, len(chosen)))
         return store
+
+
+def _prefix_by_row(model: AdaptedModel, ids: torch.Tensor, mask: torch.Tensor, cut: Cut, examples: int) -> torch.Tensor:
+    """The frozen prefix [B, …]; NaN in the rows of examples that fail, so that they fail alone.
+
+    Args:
+        examples: how many of the first rows are examples; the others are dummies.
+    """
+    try:
+        return model.prefix(ids, mask, cut)
+    except Exception:
+        log.warning("a batch failed in the frozen prefix; its rows are computed one by one")
+    width = int(model.network.config.hidden_size)
+    shape = (len(ids), width) if cut.layer is None else (*ids.shape, width)
+    hidden = torch.full(shape, torch.nan, device=ids.device, dtype=model.base.placement.dtype)
+    for row in range(examples):
+        alone = torch.arange(len(ids), device=ids.device).unsqueeze(1) == row
+        first = torch.zeros_like(mask)
+        first[:, 0] = 1
+        pads = torch.full_like(ids, model.base.tokenizer.pad_token_id or 0)
+        try:
+            hidden[row] = model.prefix(torch.where(alone, ids, pads), torch.where(alone, mask, first), cut)[row]
+        except Exception:
+            log.warning("an example failed in the frozen prefix and contributes zero")
+    return hidden
 
 
 class _Prefixes:

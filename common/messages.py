@@ -179,6 +179,6 @@ class SiteService(Protocol):
 def hash_tensors(state: hashlib._Hash, tensors: Tensors) -> None:
     """Feeds name, dtype, shape and raw bytes of each tensor into ``state``, in name order."""
     for name in sorted(tensors):
-        array = np.ascontiguousarray(tensors[name])
+        array = np.asarray(tensors[name], order="C")
         state.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
         state.update(array.data)

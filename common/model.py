@@ -6,13 +6,17 @@ import copy
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.errors import ModelError
 from common.tasks.base import Task
@@ -140,7 +144,7 @@ def load_base(folder: Path, task: Task, placement: Placement, pooling: str = "au
             torch.manual_seed(0)
             network = task.load_network(str(folder), dtype=placement.dtype, local_files_only=True)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever is wrong with the files: the libraries raise almost anything
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"model {folder}: cannot be loaded for task '{task.name}': {first}") from None
     if tokenizer.pad_token_id is None:
@@ -148,10 +152,24 @@ def load_base(folder: Path, task: Task, placement: Placement, pooling: str = "au
     tokenizer.padding_side = "right"
     network.config.pad_token_id = tokenizer.pad_token_id
     network.config.use_cache = False
+    _check_length(network, task)
     network.requires_grad_(False)
     network.train(False)
     torch.nn.Module.to(network, placement.device)
     return BaseModel(network, tokenizer, digest_of(folder), placement, choose_pooling(folder, task, pooling))
+
+
+def _check_length(network: PreTrainedModel, task: Task) -> None:
+    positions = getattr(network.config, "max_position_embeddings", None)
+    for module in network.modules():
+        if isinstance(table := getattr(module, "position_embeddings", None), nn.Embedding):
+            # RoBERTa and its kin count positions from behind the padding index
+            positions = table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    if isinstance(positions, int) and task.settings.max_length > positions:
+        raise ModelError(
+            f"task.max_length = {task.settings.max_length}: the model reads at most {positions} tokens; "
+            "use a smaller length or another model"
+        )
 
 
 def choose_pooling(folder: Path, task: Task, pooling: str) -> str:
@@ -191,6 +209,42 @@ def layer_stack(encoder: nn.Module) -> nn.ModuleList | None:
     return None
 
 
+def can_checkpoint(layers: Iterable[nn.Module]) -> bool:
+    """Whether these layers can recompute their activations in the backward pass."""
+    return all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
+
+
+@contextmanager
+def checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it the layers keep no activations but their input and recompute the rest in the backward pass.
+
+    A layer only does so in training mode; that flag is set on the layer alone and not on the modules in it, so that
+    all of them go on computing as in eval mode. Reentrant, since hooks for per-example gradients see nothing else.
+    """
+    hooks = [layer.register_forward_pre_hook(_want_gradients) for layer in layers[:1]]
+    for layer in cast(Sequence[Any], layers):
+        layer.training = layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = _recomputed
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer in cast(Sequence[Any], layers):
+            layer.training = layer.gradient_checkpointing = False
+
+
+def _recomputed(layer: Callable[..., Any], *arguments: Any) -> Any:
+    return checkpoint(layer, *arguments, use_reentrant=True) if torch.is_grad_enabled() else layer(*arguments)
+
+
+def _want_gradients(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A reentrant checkpoint passes gradients on only if its input wants them; a frozen prefix's output does not."""
+    if not torch.is_grad_enabled():
+        return arguments
+    return (arguments[0].detach().requires_grad_(), *arguments[1:])
+
+
 class _Passthrough(nn.Module):
     """Stands where embeddings were: hands hidden states on unchanged."""
 
@@ -201,8 +255,12 @@ class _Passthrough(nn.Module):
 def top_of(encoder: nn.Module, first: int) -> nn.Module | None:
     """A view of the encoder that starts at layer ``first`` and takes hidden states as ``inputs_embeds``.
 
-    It shares all modules with the encoder (adapters included). ``None`` for families this is not known to be exact for.
+    It shares all modules with the encoder (adapters included). ``None`` for families that keep their layers elsewhere,
+    and where a layer's own index decides what it does.
     """
+    config = getattr(encoder, "config", None)
+    if len(set(getattr(config, "layer_types", None) or ())) > 1:
+        return None
     view = _shallow(encoder)
     if isinstance(getattr(getattr(encoder, "encoder", None), "layer", None), nn.ModuleList):  # BERT and its kin
         view._modules["embeddings"] = _Passthrough()

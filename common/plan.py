@@ -101,7 +101,7 @@ def read_plan(canonical: str) -> Plan:
         if isinstance(version := tables.get("schema_version"), int) and version > SCHEMA_VERSION:
             raise WireError(f"plan: schema_version {version} is newer than this installation knows; update it")
         plan = Plan.model_validate_json(canonical)
-    except (ValueError, ValidationError) as error:
+    except (ValueError, ValidationError, RecursionError) as error:
         raise WireError(f"plan: cannot be read ({type(error).__name__}); coordinator and site must match") from None
     if plan.canonical() != canonical:
         raise WireError("plan: its JSON is not canonical; coordinator and site must run the same version")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from common.errors import ConnectionFailed, WireError
 from common.messages import (
+    SCHEMA_VERSION,
     DescribeRequest,
     Pending,
     PhaseStatement,
@@ -59,18 +61,21 @@ def train_request_of(frames: Iterable[pb.TrainRequestFrame]) -> TrainRequest:
     if first is None or first.WhichOneof("content") != "header":
         raise WireError("request: does not start with a header")
     header = first.header
-    chunks = (frame.chunk for frame in stream if frame.WhichOneof("content") == "chunk")
+    _check_version(header.schema_version)
     return TrainRequest(
         run_id=header.run_id,
         round=header.round,
         plan_digest=header.plan_digest,
-        adapter=_tensors(header.layout, chunks),
+        adapter=_tensors(header.layout, _chunks_of(stream)),
         schema_version=header.schema_version,
     )
 
 
 def train_reply_frames(reply: TrainReply) -> Iterator[pb.TrainReplyFrame]:
-    """One frame for a refusal or a pending plan; header and chunks for a release."""
+    """One frame for a refusal or a pending plan; header and chunks for a release.
+
+    ``Unavailable`` is the relay's own word, never the agent's.
+    """
     if isinstance(reply, Refusal):
         yield pb.TrainReplyFrame(refusal=pb.Refusal(site=reply.site, reason=reply.reason.value))
     elif isinstance(reply, Pending):
@@ -98,20 +103,25 @@ def train_reply_of(frames: Iterable[pb.TrainReplyFrame]) -> TrainReply:
     stream = iter(frames)
     first = next(stream, None)
     kind = first.WhichOneof("content") if first is not None else None
-    if first is not None and kind == "refusal":
-        return Refusal(first.refusal.site, RefusalReason(first.refusal.reason))
-    if first is not None and kind == "pending":
-        return Pending(first.pending.site)
+    if first is not None and kind in ("refusal", "pending"):
+        if next(stream, None) is not None:
+            raise WireError(f"reply: goes on after a {kind}")
+        if kind == "pending":
+            return Pending(first.pending.site)
+        try:
+            return Refusal(first.refusal.site, RefusalReason(first.refusal.reason))
+        except ValueError:
+            raise WireError(f"reply: unknown refusal reason {first.refusal.reason!r}") from None
     if first is None or kind != "release":
         raise WireError("reply: does not start with a release, a refusal or a pending plan")
     header = first.release
-    chunks = (frame.chunk for frame in stream if frame.WhichOneof("content") == "chunk")
+    _check_version(header.schema_version)
     return Release(
         site=header.site,
         run_id=header.run_id,
         round=header.round,
         request_digest=header.request_digest,
-        update=_tensors(header.layout, chunks),
+        update=_tensors(header.layout, _chunks_of(stream)),
         schema_version=header.schema_version,
     )
 
@@ -145,7 +155,12 @@ def description_to_proto(description: SiteDescription) -> pb.SiteDescription:
 
 
 def description_of(message: pb.SiteDescription) -> SiteDescription:
-    """A site's description from its protobuf form."""
+    """A site's description from its protobuf form.
+
+    Raises:
+        WireError: of a newer schema, or with an unknown status or refusal.
+    """
+    _check_version(message.schema_version)
     privacy = None
     if message.HasField("privacy"):
         p = message.privacy
@@ -160,10 +175,15 @@ def description_of(message: pb.SiteDescription) -> SiteDescription:
                 PhaseStatement(f.name, f.sample_rate, f.noise_multiplier, f.clip_norm, f.steps) for f in p.phases
             ),
         )
+    try:
+        status = PlanStatus(message.status)
+        refusal = RefusalReason(message.refusal) if message.refusal else None
+    except ValueError as error:
+        raise WireError(f"description: {error}; relay and agent must run the same version") from None
     return SiteDescription(
         site=message.site,
-        status=PlanStatus(message.status),
-        refusal=RefusalReason(message.refusal) if message.refusal else None,
+        status=status,
+        refusal=refusal,
         code_digest=message.code_digest,
         tasks=tuple(message.tasks),
         max_rank=message.max_rank,
@@ -185,19 +205,34 @@ def _layout(tensors: Tensors) -> list[pb.TensorLayout]:
 
 def _chunks(tensors: Tensors) -> Iterator[bytes]:
     for name in sorted(tensors):
-        raw = np.ascontiguousarray(tensors[name], "<f4").tobytes()
+        raw = np.asarray(tensors[name], "<f4", order="C").tobytes()
         for start in range(0, len(raw), CHUNK):
             yield raw[start : start + CHUNK]
 
 
+def _check_version(version: int) -> None:
+    if version > SCHEMA_VERSION:
+        raise WireError(f"message: schema_version {version} is newer than this installation knows; update it")
+
+
+def _chunks_of(frames: Iterable[pb.TrainRequestFrame | pb.TrainReplyFrame]) -> Iterator[bytes]:
+    for frame in frames:
+        if frame.WhichOneof("content") != "chunk":
+            raise WireError("message: after its header comes something other than tensor data")
+        yield frame.chunk
+
+
 def _tensors(layout: Iterable[pb.TensorLayout], chunks: Iterable[bytes]) -> dict[str, np.ndarray]:
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     stream = iter(chunks)
-    expected = sum(4 * int(np.prod(entry.shape, dtype=np.int64)) for entry in layout)
+    # Python's integers: a product of announced sizes may exceed 64 bits
+    expected = sum(4 * prod(entry.shape) for entry in layout)
     if expected > LARGEST_TRANSFER:
         raise WireError(f"message: announces {expected / 2**20:.0f} MiB, more than {LARGEST_TRANSFER >> 20} MiB")
     for entry in layout:
-        size = 4 * int(np.prod(entry.shape, dtype=np.int64))
+        if entry.name in tensors:
+            raise WireError(f"message: tensor '{entry.name}' is announced twice")
+        size = 4 * prod(entry.shape)
         raw = bytearray()
         while len(raw) < size:
             chunk = next(stream, b"")

@@ -7,8 +7,10 @@ canonical tensor names and whose arrays are little-endian fp32.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
-from typing import Any
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -45,6 +47,30 @@ RUN_CONFIG = "config"
 """Key of the run config that holds the resolved settings as one JSON string."""
 
 
+_FIELDS: Mapping[str, type] = {
+    "kind": str,
+    "schema_version": int,
+    "run_id": str,
+    "plan": str,
+    "plan_digest": str,
+    "code_digest": str,
+    "round": int,
+    "request_digest": str,
+    "site": str,
+    "status": str,
+    "refusal": str,
+    "reason": str,
+    "tasks": list,
+    "max_rank": int,
+    "public_size": int,
+    "privacy": str,
+}
+"""Every header field that may cross the network, and its type."""
+
+_SITE_NAME = re.compile(r"[^\W_][\w.-]{0,79}")
+"""Names become parts of paths at the coordinator."""
+
+
 def describe_request_to_record(request: DescribeRequest) -> RecordDict:
     """As sent by the coordinator."""
     return _record(asdict(request))
@@ -75,7 +101,7 @@ def description_to_record(description: SiteDescription) -> RecordDict:
 
 def description_from_record(record: RecordDict) -> SiteDescription:
     """As read by the coordinator."""
-    fields = _fields(
+    header = _fields(
         record,
         "site",
         "status",
@@ -87,25 +113,54 @@ def description_from_record(record: RecordDict) -> SiteDescription:
         "privacy",
         "schema_version",
     )
+    if not _SITE_NAME.fullmatch(header["site"]):
+        raise WireError("description: the site's name is not made of letters, digits, dot, dash and underscore")
+    if header["public_size"] < 1 or not all(isinstance(task, str) for task in header["tasks"]):
+        raise WireError("description: the public size is not positive, or a task's name is not text")
     try:
         return SiteDescription(
             **{
-                **fields,
-                "status": PlanStatus(fields["status"]),
-                "refusal": RefusalReason(fields["refusal"]) if fields["refusal"] else None,
-                "tasks": tuple(fields["tasks"]),
-                "privacy": privacy_from_json(fields["privacy"]) if fields["privacy"] else None,
+                **header,
+                "status": PlanStatus(header["status"]),
+                "refusal": RefusalReason(header["refusal"]) if header["refusal"] else None,
+                "tasks": tuple(header["tasks"]),
+                "privacy": privacy_from_json(header["privacy"]) if header["privacy"] else None,
             }
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise WireError(f"description: cannot be read ({type(error).__name__})") from None
 
 
 def privacy_from_json(text: str) -> PrivacyStatement:
-    """A privacy statement from its JSON form."""
-    fields = json.loads(text)
-    fields["phases"] = tuple(PhaseStatement(**phase) for phase in fields["phases"])
-    return PrivacyStatement(**fields)
+    """A privacy statement from its JSON form.
+
+    Raises:
+        WireError: it is not one.
+    """
+    try:
+        content = json.loads(text)
+        phases = tuple(_statement(PhaseStatement, phase) for phase in content["phases"])
+        return _statement(PrivacyStatement, {**content, "phases": phases})
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise WireError(f"privacy statement: cannot be read ({type(error).__name__})") from None
+
+
+_Statement = TypeVar("_Statement", PhaseStatement, PrivacyStatement)
+_STATEMENT_FIELDS: Mapping[str, Any] = {
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "float | None": (int, float, type(None)),
+}
+
+
+def _statement(kind: type[_Statement], content: Mapping[str, Any]) -> _Statement:
+    statement = kind(**content)
+    for one in fields(kind):
+        value = getattr(statement, one.name)
+        if isinstance(value, bool) or not isinstance(value, _STATEMENT_FIELDS.get(str(one.type), tuple)):
+            raise TypeError(one.name)
+    return statement
 
 
 def train_request_to_record(request: TrainRequest) -> RecordDict:
@@ -153,15 +208,15 @@ def train_reply_from_record(record: RecordDict) -> TrainReply:
     """
     (kind,) = _fields(record, "kind", exact=False).values()
     if kind == "release":
-        fields = _fields(record, "kind", "site", "run_id", "round", "request_digest", "schema_version")
-        del fields["kind"]
-        return Release(**fields, update=tensors_from_record(record))
+        header = _fields(record, "kind", "site", "run_id", "round", "request_digest", "schema_version")
+        del header["kind"]
+        return Release(**header, update=tensors_from_record(record))
     if kind == "refusal":
-        fields = _fields(record, "kind", "site", "reason")
+        header = _fields(record, "kind", "site", "reason")
         try:
-            return Refusal(fields["site"], RefusalReason(fields["reason"]))
+            return Refusal(header["site"], RefusalReason(header["reason"]))
         except ValueError:
-            raise WireError(f"reply: unknown refusal reason {fields['reason']!r}") from None
+            raise WireError(f"reply: unknown refusal reason {header['reason']!r}") from None
     if kind == UNAVAILABLE:
         return Unavailable()
     if kind == "pending":
@@ -181,7 +236,7 @@ def is_unavailable(record: RecordDict) -> bool:
 
 def tensors_to_record(tensors: Tensors) -> ArrayRecord:
     """fp32 arrays by canonical name."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(tensors[name], "<f4")) for name in sorted(tensors)})
+    return ArrayRecord({name: Array(np.asarray(tensors[name], "<f4", order="C")) for name in sorted(tensors)})
 
 
 def tensors_from_record(record: RecordDict) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
@@ -195,8 +250,8 @@ def tensors_from_record(record: RecordDict) -> dict[str, np.ndarray[Any, np.dtyp
     except Exception as error:
         raise WireError(f"message: its tensors cannot be read ({type(error).__name__})") from None
     for name, array in arrays.items():
-        if array.dtype != np.float32:
-            raise WireError(f"message: tensor '{name}' is {array.dtype}, expected float32")
+        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+            raise WireError(f"message: tensor '{name}' is {getattr(array, 'dtype', 'no array')}, expected float32")
     return arrays
 
 
@@ -213,7 +268,7 @@ def _record(header: dict[str, Any], tensors: Tensors | None = None) -> RecordDic
 
 
 def _fields(record: RecordDict, *names: str, exact: bool = True) -> dict[str, Any]:
-    """The named header fields; with ``exact`` any other field is an error too."""
+    """The named header fields, each of its type; with ``exact`` any other field is an error too."""
     try:
         header = dict(record.config_records[HEADER])
     except KeyError:
@@ -225,4 +280,9 @@ def _fields(record: RecordDict, *names: str, exact: bool = True) -> dict[str, An
     unknown = sorted(set(header) - set(names)) if exact else []
     if missing or unknown:
         raise WireError(f"message: fields missing {missing}, unknown {unknown}; both sides must run the same version")
+    for name in names:
+        if isinstance(header[name], bool) or not isinstance(header[name], _FIELDS[name]):
+            raise WireError(
+                f"message: field '{name}' is {type(header[name]).__name__}, expected {_FIELDS[name].__name__}"
+            )
     return {name: header[name] for name in names}

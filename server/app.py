@@ -15,9 +15,10 @@ from flwr.serverapp import Grid, ServerApp
 from common import wire
 from common.code import code_digest
 from common.config import RunConfig, validate
-from common.errors import ConsiliumError, OutputError
+from common.errors import ConsiliumError, OutputError, RunFailed
 from common.logs import LogFormat, set_up_logging
 from server.checkpoint import RunFolder, to_json, write_atomically
+from server.lock import RunLock
 from server.prepare import TEST, prepare
 from server.report import finish, manifest
 from server.rounds import Coordinator
@@ -31,12 +32,24 @@ def main(grid: Grid, context: Context) -> None:
     """Runs the submitted plan to its end."""
     set_up_logging(LogFormat.TEXT, verbose=True)
     submission = Submission.from_json(str(context.run_config[wire.RUN_CONFIG]))
-    try:
-        coordinate(grid, submission)
-    except ConsiliumError as error:
-        report = {"message": str(error), "exit_code": error.exit_code}
-        write_atomically(Path(submission.out) / "error.json", to_json(report))
-        raise
+    out = Path(submission.out)
+    with RunLock(out).hold(context.run_id):
+        if (out / "summary.json").is_file():
+            return  # waited for another coordinator, which has finished the run
+        try:
+            coordinate(grid, submission)
+        except ConsiliumError as error:
+            _report(out, error)
+            raise
+        except Exception as error:
+            _report(
+                out,
+                RunFailed(
+                    f"the coordinator stopped at an unexpected error ({type(error).__name__}: {error}); "
+                    f"'flwr log {context.run_id}' has the details, --resume {out} continues the run"
+                ),
+            )
+            raise
 
 
 def coordinate(grid: Grid, submission: Submission) -> None:
@@ -47,10 +60,17 @@ def coordinate(grid: Grid, submission: Submission) -> None:
     if submission.resume:
         folder = RunFolder(out)
         if folder.manifest()["plan_digest"] != prepared.plan.digest():
-            raise OutputError(f"--resume {out}: the run was started with other settings or another model")
+            raise OutputError(
+                f"--resume {out}: the run was started with other settings or another model, and a plan that sites have "
+                "agreed to cannot be changed; put the settings back, or start a new run with --out"
+            )
     else:
         folder = RunFolder.create(out, resolved_toml(config), manifest(prepared, submission.run_id, "deployment"))
     coordinator = Coordinator(grid, config, prepared.plan, prepared.model, prepared.evaluator, folder, code_digest())
     result = coordinator.run(prepared.initial)
     test = prepared.evaluator.evaluate(result.adapter, TEST) if TEST in prepared.evaluator.splits else None
     finish(prepared, submission.run_id, folder, result, test)
+
+
+def _report(out: Path, error: ConsiliumError) -> None:
+    write_atomically(out / "error.json", to_json({"message": str(error), "exit_code": error.exit_code}))

@@ -4,6 +4,7 @@
 
     DIR/run.toml            the settings, resolved
     DIR/manifest.json       run id, versions, digests, public seeds
+    DIR/sites.json          every site that ever took part, as it described itself
     DIR/rounds.jsonl        one line per finished round (line 0: before round 1)
     DIR/rounds/N/           the cohort, each admitted reply, the admitted set of round N while it is open
     DIR/checkpoint/N/       state after round N (safetensors + JSON); LATEST names the current one
@@ -116,11 +117,23 @@ class RunFolder:
         """
         file = self.path / "manifest.json"
         if not file.is_file() or not (self.path / "run.toml").is_file():
-            raise OutputError(f"--resume {self.path}: holds no run (manifest.json or run.toml is missing)")
+            raise OutputError(
+                f"--resume {self.path}: holds no run (manifest.json or run.toml is missing); start it with --config "
+                "and a new --out"
+            )
         manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if manifest.get("schema_version", 0) > SCHEMA_VERSION:
             raise OutputError(f"--resume {self.path}: was written by a newer version; update this installation")
         return manifest
+
+    def sites(self) -> dict[str, Any]:
+        """What :meth:`store_sites` stored."""
+        file = self.path / "sites.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+    def store_sites(self, sites: Mapping[str, Any]) -> None:
+        """Descriptions of all sites that ever took part; weights and privacy statements survive a resumption."""
+        write_atomically(self.path / "sites.json", to_json(dict(sorted(sites.items()))))
 
     # ---- inside a round ------------------------------------------------------------------------------------------
 
@@ -182,6 +195,10 @@ class RunFolder:
         }
         write_atomically(folder / "state.json", to_json(state))
         write_atomically(self.path / "checkpoint" / "LATEST", str(checkpoint.round).encode())
+        self.tidy(checkpoint)
+
+    def tidy(self, checkpoint: Checkpoint) -> None:
+        """Publishes the history and removes what the checkpoint replaces; repeated after a crash in between."""
         lines = b"".join(json.dumps(_plain(record), allow_nan=False).encode() + b"\n" for record in checkpoint.history)
         write_atomically(self.path / "rounds.jsonl", lines)
         for old in (self.path / "checkpoint").iterdir():

@@ -52,7 +52,7 @@ def run_command(
 
     from common.config import RunConfig, apply_overrides, read_toml, validate
     from server.follow import run_deployment
-    from server.progress import Bars, rounds_table, sites_table
+    from server.progress import Bars, result_console, rounds_table, sites_table
     from server.settings import read_run
 
     if resume is not None:
@@ -74,7 +74,7 @@ def run_command(
         json.dump(summary, sys.stdout, indent=2)
         sys.stdout.write("\n")
         return
-    console = Console()
+    console = result_console()
     console.print(rounds_table(summary["rounds"], summary["best_round"]))
     console.print(sites_table(summary["sites"]))
     if summary["test"]:

@@ -11,6 +11,15 @@ from rich.table import Table
 
 from common.messages import SiteDescription
 
+WIDE = 132
+"""Columns of a table that is written to a file or a pipe."""
+
+
+def result_console() -> Console:
+    """Tables go to stdout; where that is not a terminal, wide enough that no figure is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDE)
+
 
 class Bars:
     """One bar over the rounds of a run; nothing where stderr is not a terminal.

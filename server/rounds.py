@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -21,22 +21,15 @@ from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.config import RunConfig
 from common.errors import RunFailed, WireError
-from common.messages import (
-    DescribeRequest,
-    Pending,
-    PlanStatus,
-    Refusal,
-    Release,
-    SiteDescription,
-    Tensors,
-    TrainRequest,
-)
+from common.messages import Pending, PlanStatus, Refusal, Release, SiteDescription, Tensors, TrainRequest
 from common.plan import Plan
 from server import sampling
 from server.admission import Rejection, examine
 from server.aggregation.registry import aggregator_for
 from server.checkpoint import Checkpoint, RunFolder
 from server.evaluation import Evaluator
+from server.mailbox import Mailbox
+from server.roster import Roster, reasons
 
 log = logging.getLogger(__name__)
 
@@ -73,14 +66,6 @@ class Silent:
         """Ignored."""
 
 
-@dataclass(frozen=True)
-class Participant:
-    """A site that takes part, and the Flower node it is behind in this submission."""
-
-    node: int
-    description: SiteDescription
-
-
 @dataclass
 class Outcome:
     """What one round's exchange brought."""
@@ -102,8 +87,9 @@ class Result:
     best_round: int
     history: tuple[dict[str, Any], ...]
     participants: Mapping[str, SiteDescription]
+    """Every site that took part, be it in a single round."""
     absent: Mapping[str, str]
-    """Sites that were described and do not take part, with the reason."""
+    """Sites and nodes that do not take part (any more), with the reason."""
 
 
 class Coordinator:
@@ -127,12 +113,11 @@ class Coordinator:
         progress: Progress | None = None,
         poll_seconds: float = POLL_SECONDS,
     ) -> None:
-        self.grid, self.config, self.plan, self.model = grid, config, plan, model
-        self.evaluator, self.folder, self.code_digest = evaluator, folder, code_digest
+        self.config, self.plan, self.model = config, plan, model
+        self.evaluator, self.folder = evaluator, folder
         self.progress: Progress = progress or Silent()
-        self.poll_seconds = poll_seconds
-        self.participants: dict[str, Participant] = {}
-        self.absent: dict[str, str] = {}
+        self.mailbox = Mailbox(grid, plan.run_id, poll_seconds)
+        self.roster = Roster(self.mailbox, plan, code_digest, folder)
 
     # ---- the run ---------------------------------------------------------------------------------------------------
 
@@ -142,17 +127,23 @@ class Coordinator:
         Raises:
             RunFailed: too few sites, or too few admitted replies in a round.
         """
-        checkpoint = self.folder.latest() or self._start(initial)
+        checkpoint = self.folder.latest()
+        if checkpoint is None:
+            checkpoint = self._start(initial)
+        else:
+            self.folder.tidy(checkpoint)
         if checkpoint.next_round <= self.plan.rounds:
-            self._gather()
+            self.roster.gather(self.config.server.min_sites, self.config.server.round_timeout)
+            self.progress.sites(self.roster.described)
         while checkpoint.next_round <= self.plan.rounds:
+            self.roster.refresh()
             checkpoint = self._one_round(checkpoint)
         return Result(
             adapter=dict(checkpoint.best),
             best_round=checkpoint.best_round,
             history=checkpoint.history,
-            participants={site: one.description for site, one in self.participants.items()},
-            absent=self.absent,
+            participants=self.roster.described,
+            absent=self.roster.absent,
         )
 
     def _start(self, initial: AdapterState) -> Checkpoint:
@@ -180,9 +171,9 @@ class Coordinator:
         clock = _Clock()
         outcome = self._exchange(request)
         clock.lap("exchange")
-        weights = sampling.weights(
-            {site: one.description.public_size for site, one in self.participants.items()}, self.config.server.weights
-        )
+        # Of the cohort alone, so that a resumed round weighs as it would have, whoever has come or gone since.
+        sizes = {site: self.roster.described[site].public_size for site in outcome.cohort}
+        weights = sampling.weights(sizes, self.config.server.weights)
         for site in outcome.admitted:
             state = aggregator.accumulate(state, self.folder.reply(round, site), weights[site])
         state, adapter = aggregator.finish(state)
@@ -232,58 +223,6 @@ class Coordinator:
         log.info("phase '%s' stopped early after round %d", phase, round)
         return following
 
-    # ---- who takes part ---------------------------------------------------------------------------------------------
-
-    def _gather(self) -> None:
-        """Describes the plan to every node until ``min_sites`` are ready, or the round timeout has passed."""
-        deadline = time.monotonic() + self.config.server.round_timeout
-        asked: set[int] = set()
-        while True:
-            fresh = [node for node in sorted(self.grid.get_node_ids()) if node not in asked]
-            asked.update(self._describe(fresh, deadline))
-            waiting = [site for site, reason in self.absent.items() if reason == PlanStatus.WAITING]
-            if len(self.participants) >= self.config.server.min_sites:
-                break
-            if time.monotonic() > deadline:
-                raise RunFailed(
-                    f"server.min_sites = {self.config.server.min_sites}: only {len(self.participants)} sites are ready "
-                    f"({_reasons(self.absent)}); start the missing sites or approve the plan there, then --resume"
-                )
-            if waiting:
-                asked -= {node for node in asked if node not in {one.node for one in self.participants.values()}}
-            time.sleep(self.poll_seconds * 5)
-        self.progress.sites({site: one.description for site, one in self.participants.items()})
-
-    def _describe(self, nodes: Iterable[int], deadline: float) -> set[int]:
-        """Asks the nodes; returns those that answered."""
-        request = DescribeRequest(self.plan.run_id, self.plan.canonical(), self.code_digest)
-        record = wire.describe_request_to_record(request)
-        messages = dict.fromkeys(nodes, record)
-        answered = set()
-        for node, reply in self._ask(messages, wire.DESCRIBE_TYPE, deadline):
-            if reply is None or wire.is_unavailable(reply):
-                self.absent[f"node-{node}"] = str(Rejection.NODE_ERROR)
-                continue
-            self.absent.pop(f"node-{node}", None)
-            answered.add(node)
-            try:
-                self._enrol(node, wire.description_from_record(reply))
-            except WireError as error:
-                self.absent[f"node-{node}"] = str(Rejection.UNREADABLE)
-                log.warning("node %d: %s", node, error)
-        return answered
-
-    def _enrol(self, node: int, description: SiteDescription) -> None:
-        site = description.site
-        if site in self.participants and self.participants[site].node != node:
-            self.absent[f"{site} (node {node})"] = "duplicate-name"
-            log.warning("two nodes call themselves '%s'; the second is left out", site)
-        elif description.status is PlanStatus.READY:
-            self.absent.pop(site, None)
-            self.participants[site] = Participant(node, description)
-        else:
-            self.absent[site] = str(description.refusal or description.status)
-
     # ---- one exchange -----------------------------------------------------------------------------------------------
 
     def _exchange(self, request: TrainRequest) -> Outcome:
@@ -295,7 +234,7 @@ class Coordinator:
         if cohort is None:
             server = self.config.server
             cohort = sampling.cohort(
-                list(self.participants), server.cohort, server.min_replies, self.plan.seed, request.round
+                list(self.roster.participants), server.cohort, server.min_replies, self.plan.seed, request.round
             )
             self.folder.store_cohort(request.round, cohort)
         outcome = Outcome(cohort)
@@ -304,7 +243,7 @@ class Coordinator:
         if len(outcome.admitted) < self.config.server.min_replies:
             raise RunFailed(
                 f"round {request.round}: {len(outcome.admitted)} replies were admitted, server.min_replies = "
-                f"{self.config.server.min_replies} ({_reasons({**outcome.refused, **outcome.rejected})}); "
+                f"{self.config.server.min_replies} ({reasons({**outcome.refused, **outcome.rejected})}); "
                 "mend the cause, then --resume"
             )
         self.folder.store_outcome(request.round, vars(outcome))
@@ -320,11 +259,13 @@ class Coordinator:
         outcome.admitted.extend(on_disk)
         outcome.bytes_down += size * len(outcome.cohort)
         outcome.bytes_up += sum(_size(self.folder.reply(request.round, site)) for site in on_disk)
-        sites = {self.participants[s].node: s for s in outcome.cohort if s not in on_disk and s in self.participants}
+        asked = {site: one.node for site, one in self.roster.participants.items() if site in outcome.cohort}
+        sites = {node: site for site, node in asked.items() if site not in on_disk}
         for site in set(outcome.cohort) - on_disk - set(sites.values()):
             outcome.rejected[site] = str(Rejection.NODE_ERROR)
         deadline = time.monotonic() + self.config.server.round_timeout
-        for node, reply in self._ask(dict.fromkeys(sites, record), wire.TRAIN_TYPE, deadline):
+        messages = dict.fromkeys(sites, record)
+        for node, reply in self.mailbox.ask(messages, wire.TRAIN_TYPE, deadline, self.roster.refresh):
             verdict = self._admit(reply, sites[node], request, digest, spec, outcome)
             self.progress.reply(request.round, sites[node], verdict)
         for site in sites.values():
@@ -359,30 +300,6 @@ class Coordinator:
         outcome.admitted.append(site)
         return "admitted"
 
-    def _ask(
-        self, contents: Mapping[int, RecordDict], message_type: str, deadline: float
-    ) -> Iterator[tuple[int, RecordDict | None]]:
-        """Sends one message to each node and yields each reply as it comes; ``None`` for a node's error."""
-        lifetime = max(1.0, deadline - time.monotonic())
-        messages = [
-            self.grid.create_message(content, message_type, node, group_id=self.plan.run_id, ttl=lifetime)
-            for node, content in contents.items()
-        ]
-        waiting = {
-            identity: node
-            for identity, node in zip(self.grid.push_messages(messages), contents, strict=True)
-            if identity
-        }
-        for node in set(contents) - set(waiting.values()):
-            yield node, None
-        while waiting and time.monotonic() < deadline:
-            for reply in list(self.grid.pull_messages(list(waiting))):
-                identity = reply.metadata.reply_to_message_id
-                if identity in waiting:
-                    yield waiting.pop(identity), reply.content if reply.has_content() else None
-            if waiting:
-                time.sleep(self.poll_seconds)
-
 
 class _Clock:
     """Seconds of each part of a round."""
@@ -412,7 +329,3 @@ def _size(tensors: Mapping[str, Any]) -> int:
 def _metric(record: Mapping[str, Any], metric: str) -> float:
     value = record["metrics"].get(metric)
     return float("nan") if value is None else float(value)
-
-
-def _reasons(reasons: Mapping[str, str]) -> str:
-    return ", ".join(f"{site}: {reason}" for site, reason in sorted(reasons.items())) or "no site answered"

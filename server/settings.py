@@ -40,6 +40,25 @@ def resolved_toml(config: RunConfig) -> str:
     return tomli_w.dumps(tables)
 
 
+def absolute(config: RunConfig) -> RunConfig:
+    """The settings with every path that exists from here made absolute: the ServerApp works in another folder."""
+
+    def whole(path: str | None) -> str | None:
+        return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
+
+    name, certificates = config.model.name, config.server.root_certificates
+    return config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"name": name if name == "minilm" else whole(name)}),
+            "data": config.data.model_copy(update={"path": whole(config.data.path)}),
+            "evaluation": config.evaluation.model_copy(update={"path": whole(config.evaluation.path)}),
+            "server": config.server.model_copy(
+                update={"root_certificates": Path(certificates).expanduser().resolve() if certificates else None}
+            ),
+        }
+    )
+
+
 def read_run(out: Path) -> RunConfig:
     """The settings of a run that is to be resumed.
 

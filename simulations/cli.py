@@ -43,7 +43,7 @@ def simulate_command(
     from rich.console import Console
 
     from common.config import RunConfig, apply_overrides, read_toml, validate
-    from server.progress import Bars
+    from server.progress import Bars, result_console
     from server.settings import read_run
     from simulations.simulate import simulate
 
@@ -63,7 +63,7 @@ def simulate_command(
         json.dump(summary, sys.stdout, indent=2)
         sys.stdout.write("\n")
     else:
-        show(summary, Console())
+        show(summary, result_console())
 
 
 def _demo_tables(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from client.privacy.sampling import RoundSecret
+from client.privacy.secret_files import SecretFiles
 from common.errors import LedgerError
 from common.messages import PhaseStatement, PrivacyStatement, RefusalReason
 from common.privacy.accounting import Segment, rdp_epsilon
@@ -46,7 +47,7 @@ CREATE TABLE plans (
 CREATE TABLE reservations (
   plan TEXT NOT NULL REFERENCES plans(digest), phase INTEGER NOT NULL, name TEXT NOT NULL,
   sample_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, steps INTEGER NOT NULL,
-  PRIMARY KEY (plan, phase)) STRICT;
+  PRIMARY KEY (plan, phase), UNIQUE (plan, name)) STRICT;
 CREATE TABLE charges (
   plan TEXT NOT NULL REFERENCES plans(digest), round INTEGER NOT NULL, phase TEXT NOT NULL,
   request_digest TEXT NOT NULL, sample_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, steps INTEGER NOT NULL,
@@ -115,13 +116,13 @@ class Ledger:
 
     def __init__(self, folder: Path, durable: bool = True, keep_open: bool = True) -> None:
         self.folder, self.durable, self.keep_open = folder, durable, keep_open
-        self.secrets = folder / "secrets"
-        self.secrets.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._secrets = SecretFiles(folder / "secrets", durable)
         self.path = folder / "ledger.sqlite"
         self._lock = threading.RLock()
         self._open: sqlite3.Connection | None = None
         with self._connection() as db:
             self._prepare(db)
+            self._delete_used_secrets(db)
 
     def close(self) -> None:
         """Closes the file."""
@@ -167,6 +168,12 @@ class Ledger:
                 f"ledger {self.path}: schema_version {version} is newer than this installation knows "
                 f"({SCHEMA_VERSION}); update it"
             )
+
+    def _delete_used_secrets(self, db: sqlite3.Connection) -> None:
+        """What a crash between storing a release and deleting its secret has left."""
+        for key in self._secrets.rounds():
+            if db.execute("SELECT 1 FROM releases WHERE plan=? AND round=?", key).fetchone():
+                self._secrets.delete(*key)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -250,19 +257,11 @@ class Ledger:
     ) -> None:
         """Records a plan that was shown: waiting for a decision, or refused by policy."""
         status = Decision.WAITING if refusal is None else Decision.REFUSED
+        stated = json.dumps(asdict(statement)) if statement else None
         with self._transaction() as db:
             db.execute(
                 "INSERT INTO plans VALUES (?,?,?,?,NULL,?,?,?,?,NULL)",
-                (
-                    digest,
-                    run_id,
-                    population,
-                    body,
-                    status,
-                    refusal,
-                    json.dumps(asdict(statement)) if statement else None,
-                    _now(),
-                ),
+                (digest, run_id, population, body, status, refusal, stated, _now()),
             )
 
     def approve(self, digest: str) -> Decision:
@@ -331,8 +330,11 @@ class Ledger:
                 if row[0] != request_digest:
                     return RefusalReason.REQUEST_CHANGED
                 return bytes(row[1]) if row[1] is not None else None
-            (last,) = db.execute("SELECT COALESCE(MAX(round), 0) FROM charges WHERE plan=?", (plan,)).fetchone()
-        return RefusalReason.OUT_OF_ORDER if round < last else None
+            return RefusalReason.OUT_OF_ORDER if round < self._last_round(db, plan) else None
+
+    @staticmethod
+    def _last_round(db: sqlite3.Connection, plan: str) -> int:
+        return int(db.execute("SELECT COALESCE(MAX(round), 0) FROM charges WHERE plan=?", (plan,)).fetchone()[0])
 
     def reserve(
         self, plan: str, round: int, request_digest: str, phase: str, steps: int, fresh: Callable[[], RoundSecret]
@@ -354,10 +356,12 @@ class Ledger:
             if charge is not None:
                 if charge[0] != request_digest:
                     return RefusalReason.REQUEST_CHANGED
-                secret = self._read_secret(plan, round)
+                secret = self._secrets.read(plan, round)
                 return Reservation(plan, round, request_digest, funded, secret) if secret else RefusalReason.SEED_LOST
+            if round < self._last_round(db, plan):
+                return RefusalReason.OUT_OF_ORDER
             secret = fresh()
-            self._write_secret(plan, round, secret)
+            self._secrets.write(plan, round, secret)
             db.execute(
                 "INSERT INTO charges VALUES (?,?,?,?,?,?,?,?,NULL)",
                 (plan, round, phase, request_digest, row[0], row[1], steps, _now()),
@@ -370,7 +374,7 @@ class Ledger:
             key = (reservation.plan, reservation.round)
             db.execute("INSERT INTO releases VALUES (?,?,?)", (*key, payload))
             db.execute("UPDATE charges SET released_at=? WHERE plan=? AND round=?", (_now(), *key))
-        self._secret_file(*key).unlink(missing_ok=True)
+        self._secrets.delete(*key)
 
     def charges(self, plan: str) -> list[tuple[int, str, float, float, int]]:
         """(round, phase, q, σ, steps) of every funded round, in order."""
@@ -379,31 +383,6 @@ class Ledger:
                 "SELECT round, phase, sample_rate, noise_multiplier, steps FROM charges WHERE plan=? ORDER BY round",
                 (plan,),
             ).fetchall()
-
-    def _secret_file(self, plan: str, round: int) -> Path:
-        return self.secrets / f"{plan}-{round}"
-
-    def _write_secret(self, plan: str, round: int, secret: RoundSecret) -> None:
-        file = self._secret_file(plan, round)
-        descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        try:
-            os.write(descriptor, secret.value)
-            if self.durable:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if not self.durable:
-            return
-        folder = os.open(self.secrets, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-    def _read_secret(self, plan: str, round: int) -> RoundSecret | None:
-        file = self._secret_file(plan, round)
-        value = file.read_bytes() if file.is_file() else b""
-        return RoundSecret(value) if len(value) == 32 else None
 
 
 def _now() -> str:

@@ -16,7 +16,7 @@ ever enters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -56,6 +56,24 @@ class PrivacyMechanism(Protocol):
         ...
 
 
+class SecretNoise(DPOptimizer):  # type: ignore[misc]
+    """Opacus's optimiser with noise from the round's secret instead of a seeded torch generator."""
+
+    def draw(self, secret: RoundSecret, step: int) -> None:
+        """The step's standard normal values, one per trained number, in the parameters' order."""
+        self._normal = secret.normal("noise", step, sum(parameter.numel() for parameter in self.params))
+
+    def add_noise(self) -> None:
+        """N(0, σ²C²) on every coordinate of the clipped sum, which then is the gradient."""
+        deviation = self.noise_multiplier * self.max_grad_norm
+        start = 0
+        for parameter in self.params:
+            drawn = torch.from_numpy(deviation * self._normal[start : start + parameter.numel()])
+            start += parameter.numel()
+            noise = drawn.view_as(parameter).to(parameter.device, parameter.dtype)
+            parameter.grad = parameter.summed_grad + noise
+
+
 class DPSGD:
     """DP-SGD (Abadi et al. 2016, arXiv 1607.00133, Algorithm 1) with Poisson sampling, via Opacus.
 
@@ -79,7 +97,7 @@ class DPSGD:
         """Hooks the model and wraps the optimiser; refuses uncovered parameters."""
         with per_sample_gradients(model, parameters) as self._forget:
             self.parameters = parameters
-            self.optimizer = DPOptimizer(
+            self.optimizer = SecretNoise(
                 optimizer,
                 noise_multiplier=self.statement.noise_multiplier,
                 max_grad_norm=self.statement.clip_norm,
@@ -99,21 +117,29 @@ class DPSGD:
         return poisson_sample(n, self.statement.sample_rate, self.secret, step)
 
     def accumulate(self, losses: Losses) -> None:
-        """Per-example gradients, clipped in fp32 to norm C over all parameters together, and summed."""
+        """Per-example gradients, clipped in fp32 to norm C over all parameters together, and summed.
+
+        All or nothing: where it raises, the sum is what it was before, so that the examples can be tried again.
+        """
+        before = self._sums()
         try:
             rows = losses()
             rows.sum().backward()  # type: ignore[no-untyped-call]
             finite_rows(self.parameters, len(rows))
+            for parameter in self.parameters.values():
+                parameter.summed_grad = None  # type: ignore[attr-defined]
+            self.optimizer.clip_and_accumulate()
+            after = [old + new for old, new in zip(before, self._sums(), strict=True)]
         except Exception:
-            self._forget()
+            self._put(before)
             raise
-        self.optimizer.clip_and_accumulate()
-        self._forget()
+        finally:
+            self._forget()
+        self._put(after)
 
     def step(self, step: int) -> None:
         """Noise N(0, σ²C²) on the sum, then the public denominator, then the optimiser."""
-        device = next(iter(self.parameters.values())).device
-        self.optimizer.generator = torch.Generator(device).manual_seed(self.secret.torch_seed("noise", step))
+        self.optimizer.draw(self.secret, step)
         self.optimizer.add_noise()
         for parameter in self.parameters.values():
             assert parameter.grad is not None
@@ -124,8 +150,14 @@ class DPSGD:
     def _clear(self) -> None:
         """An empty sum: also what an empty batch leaves, so that the step is noise alone."""
         self._forget()
-        for parameter in self.parameters.values():
-            parameter.summed_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+        self._put([torch.zeros_like(parameter) for parameter in self.parameters.values()])
+
+    def _sums(self) -> list[torch.Tensor]:
+        return [parameter.summed_grad for parameter in self.parameters.values()]  # type: ignore[attr-defined]
+
+    def _put(self, sums: Sequence[torch.Tensor]) -> None:
+        for parameter, value in zip(self.parameters.values(), sums, strict=True):
+            parameter.summed_grad = value  # type: ignore[attr-defined]
 
 
 class NoPrivacy:
@@ -149,8 +181,22 @@ class NoPrivacy:
         return poisson_sample(n, self.statement.sample_rate, self.secret, step)
 
     def accumulate(self, losses: Losses) -> None:
-        """Adds the gradient of the summed loss."""
-        losses().sum().backward()  # type: ignore[no-untyped-call]
+        """Adds the gradient of the summed loss, unless it is not finite: then nothing is added and it raises.
+
+        Raises:
+            ValueError: some example of the batch has no finite gradient.
+        """
+        parameters = list(self.parameters.values())
+        before = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        after = before
+        try:
+            losses().sum().backward()  # type: ignore[no-untyped-call]
+            after = [_added(old, parameter.grad) for old, parameter in zip(before, parameters, strict=True)]
+        finally:
+            for parameter, gradient in zip(parameters, after, strict=True):
+                parameter.grad = gradient
 
     def step(self, step: int) -> None:
         """Divides by the public expected batch; an empty batch is a zero gradient."""
@@ -159,6 +205,14 @@ class NoPrivacy:
             parameter.grad /= self.expected_batch
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+
+def _added(before: torch.Tensor | None, gradient: torch.Tensor | None) -> torch.Tensor | None:
+    if gradient is not None and not bool(torch.isfinite(gradient).all()):
+        raise ValueError("a gradient is not finite")
+    if before is None or gradient is None:
+        return before if gradient is None else gradient
+    return before + gradient
 
 
 def mechanism_for(name: str, statement: PhaseStatement, public_size: int, secret: RoundSecret) -> PrivacyMechanism:

@@ -20,21 +20,25 @@ def check_coverage(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
     Raises:
         CoverageError: names the first parameter that would escape clipping, and its module's type.
     """
-    covered: set[int] = set()
-    owners: dict[int, str] = {}
+    uncovered: dict[int, str] = {}  # of a parameter with several owners, each has to be covered
     for name, module in model.named_modules():
-        own = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
-        owners.update({id(parameter): f"{name} ({type(module).__name__})" for parameter in own})
-        if type(module) in GradSampleModule.GRAD_SAMPLERS:
-            covered.update(id(parameter) for parameter in own)
-    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    if trainable != {id(parameter) for parameter in parameters.values()}:
-        raise CoverageError("privacy: the trainable parameters are not exactly those of the phase; this is a defect")
+        if type(module) not in GradSampleModule.GRAD_SAMPLERS:
+            own = module.parameters(recurse=False)
+            uncovered.update({id(parameter): f"{name} ({type(module).__name__})" for parameter in own})
+    expected = {id(parameter) for parameter in parameters.values()}
+    trainable = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if trainable.keys() != expected:
+        extra = [name for key, name in trainable.items() if key not in expected]
+        frozen = [name for name, parameter in parameters.items() if id(parameter) not in trainable]
+        raise CoverageError(
+            f"privacy: '{(extra + frozen)[0]}' {'trains beside' if extra else 'is frozen among'} the parameters of the "
+            "phase, so it would escape clipping; this is a defect"
+        )
     for name, parameter in parameters.items():
-        if id(parameter) not in covered:
+        if id(parameter) in uncovered:
             raise CoverageError(
-                f"privacy: '{name}' in {owners.get(id(parameter), 'an unknown module')} has no exact per-example "
-                "gradient, so it would escape clipping; adapt linear modules only (lora.target_modules)"
+                f"privacy: '{name}' in {uncovered[id(parameter)]} has no exact per-example gradient, so it would "
+                "escape clipping; adapt linear modules only (lora.target_modules)"
             )
 
 

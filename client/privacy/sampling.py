@@ -2,6 +2,9 @@
 
 A round has one 32-byte secret. Everything random in it (who is sampled, the noise, dropout) is derived from the secret
 by HMAC-SHA256 with a label and the step, so that a crash re-executes the same release and nothing else can.
+
+Sampling and noise are read from SHAKE-256 over the derived 32 bytes, not from a generator that is merely seeded with
+them: torch's CPU generator keeps the low 32 bits of its seed, and whoever sees a release could try them all.
 """
 
 from __future__ import annotations
@@ -36,8 +39,21 @@ class RoundSecret:
         return hmac.digest(self.value, f"{label}\0{step}".encode(), "sha256")
 
     def torch_seed(self, label: str, step: int) -> int:
-        """A seed for ``torch.Generator``."""
+        """A seed for torch's own generators, for randomness that need not be secret (dropout)."""
         return int.from_bytes(self.derive(label, step)[:8], "little", signed=False) >> 1
+
+    def uniform(self, label: str, step: int, n: int) -> npt.NDArray[np.float64]:
+        """``n`` multiples of 2⁻⁵³ in [0, 1), uniform and independent."""
+        words = np.frombuffer(hashlib.shake_256(self.derive(label, step)).digest(8 * n), "<u8")
+        return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+    def normal(self, label: str, step: int, n: int) -> npt.NDArray[np.float64]:
+        """``n`` independent standard normal values (Box and Muller 1958, Annals of Mathematical Statistics 29)."""
+        pairs = (n + 1) // 2
+        uniform = self.uniform(label, step, 2 * pairs)
+        radius = np.sqrt(-2.0 * np.log1p(-uniform[:pairs]))
+        angle = 2.0 * np.pi * uniform[pairs:]
+        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]
 
 
 def poisson_sample(n: int, sample_rate: float, secret: RoundSecret, step: int) -> npt.NDArray[np.int64]:
@@ -46,5 +62,4 @@ def poisson_sample(n: int, sample_rate: float, secret: RoundSecret, step: int) -
     This is the sampling the accountant assumes (Abadi et al. 2016, arXiv 1607.00133, §3.1: "lot"); shuffled batches of
     a fixed size are not. The result may be empty.
     """
-    generator = np.random.Generator(np.random.PCG64(int.from_bytes(secret.derive("sample", step), "little")))
-    return np.flatnonzero(generator.random(n) < sample_rate)
+    return np.flatnonzero(secret.uniform("sample", step, n) < sample_rate)

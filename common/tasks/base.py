@@ -56,6 +56,8 @@ class Task(Protocol):
     higher_is_better: ClassVar[bool]
     selects_pooling: ClassVar[bool]
     """Whether token states are pooled into one feature vector before the head."""
+    settings: TaskSection
+    """``[task]`` of the plan."""
 
     def __init__(self, settings: TaskSection) -> None: ...
 

@@ -1,0 +1,196 @@
+"""Site agents for deployments under test: each site's folder with ``site.toml`` and data, and its agent process."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import tomli_w
+
+from client.privacy.ledger import Ledger
+
+PROGRAM = Path(sys.executable).with_name("consilium")
+START_TIMEOUT = 120.0
+POLL_INTERVAL = 0.05
+BASE_MODEL_LOADED = "base model loaded"
+
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
+"""One thread everywhere: the number of threads decides how sums are rounded."""
+
+
+class AgentFailed(AssertionError):
+    """An agent did not do what a test needs; the message ends with its log."""
+
+
+def site_tables(name: str, listen: str, model: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
+    """``site.toml`` as tables: automatic approval within wide bounds, fixed test keys.
+
+    Args:
+        sections: settings put over these, by section.
+    """
+    tables: dict[str, Any] = {
+        "site": {"name": name, "listen": listen},
+        "models": [str(model)],
+        "data": {"default": {"path": "train.csv", "columns": {"text": "text", "label": "label"}}},
+        "policy": {
+            "public_size": "exact",
+            "lifetime_epsilon": 1e6,
+            "max_epsilon": 8.0,
+            "max_delta": 1e-3,
+            "approval": "automatic",
+        },
+        "device": {"device": "cpu", "physical_batch": 8, "threads": 1},
+        "testing": {"noise": "fast", "seed": 0},
+    }
+    for section, settings in sections.items():
+        tables[section] = {**tables.get(section, {}), **settings}
+    return tables
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    """A csv file with these rows."""
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+@dataclass
+class SiteAgent:
+    """One site: its folder, and the process that serves it.
+
+    Attributes:
+        folder: holds ``site.toml``, the data and (unless ``site.toml`` says otherwise) ``state/``.
+    """
+
+    name: str
+    folder: Path
+    tables: Mapping[str, Any]
+    rows: Sequence[Mapping[str, str]]
+    environment: Mapping[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+
+    def __post_init__(self) -> None:
+        """Writes the folder; nothing runs yet."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_rows(self.folder / "train.csv", self.rows)
+        self.config.write_bytes(tomli_w.dumps(self.tables).encode())
+
+    @property
+    def config(self) -> Path:
+        """``site.toml``."""
+        return self.folder / "site.toml"
+
+    @property
+    def log_file(self) -> Path:
+        """What all processes of this agent wrote."""
+        return self.folder / "agent.log"
+
+    def log(self) -> str:
+        """The text of the log."""
+        return self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.exists() else ""
+
+    def base_model_loads(self) -> int:
+        """How often this agent's processes loaded a base model."""
+        return self.log().count(BASE_MODEL_LOADED)
+
+    def charges(self) -> dict[str, list[int]]:
+        """Run id → rounds that were charged to the ledger."""
+        with contextlib.closing(Ledger(self.folder / "state")) as ledger:
+            return {entry.run_id: [round for round, *_ in ledger.charges(entry.digest)] for entry in ledger.plans()}
+
+    def run(self, *arguments: str) -> str:
+        """``consilium site …`` on this site's settings; returns what it printed to stdout."""
+        done = subprocess.run(
+            [str(PROGRAM), "site", *arguments, "--config", str(self.config)],
+            env=self._environment(),
+            capture_output=True,
+            encoding="utf-8",
+            check=False,
+            timeout=START_TIMEOUT,
+        )
+        if done.returncode:
+            raise AgentFailed(f"'consilium site {' '.join(arguments)}' ended with {done.returncode}: {done.stderr}")
+        return done.stdout
+
+    def start(self) -> None:
+        """Starts the agent (again) and waits until it serves."""
+        before = self.log().count("serves at")
+        with self.log_file.open("ab") as log:
+            self.process = subprocess.Popen(
+                [str(PROGRAM), "--verbose", "site", "agent", "--config", str(self.config)],
+                env=self._environment(),
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + START_TIMEOUT
+        while self.log().count("serves at") == before:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AgentFailed(f"the agent of '{self.name}' does not serve:\n{self.log()}")
+            time.sleep(POLL_INTERVAL)
+
+    def stop(self) -> None:
+        """Ends the agent in order."""
+        self._end("terminate")
+
+    def kill(self) -> None:
+        """Ends the agent without warning."""
+        self._end("kill")
+
+    def _end(self, how: str) -> None:
+        if self.process is not None:
+            getattr(self.process, how)()
+            try:
+                self.process.wait(timeout=20.0)
+            finally:
+                self.process.kill()
+                self.process = None
+
+    def _environment(self) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
+        return {**kept, "HOME": str(self.folder), **ENVIRONMENT, **self.environment}
+
+
+@dataclass
+class Agents:
+    """The agents of several sites, from start to the certain end of every process."""
+
+    agents: Sequence[SiteAgent]
+
+    def __getitem__(self, name: str) -> SiteAgent:
+        """The agent of that site."""
+        return next(agent for agent in self.agents if agent.name == name)
+
+    def __enter__(self) -> Self:
+        """Starts all of them at the same time."""
+        try:
+            with ThreadPoolExecutor(len(self.agents)) as pool:
+                list(pool.map(SiteAgent.start, self.agents))
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends all of them."""
+        self.close()
+
+    def close(self) -> None:
+        """Ends all of them without warning."""
+        for agent in self.agents:
+            agent.kill()
