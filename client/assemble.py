@@ -16,8 +16,7 @@ from client.site import Resources, Site
 from common.adapted import AdaptedModel
 from common.code import code_digest
 from common.config import LoraSection, TaskSection
-from common.data.load import load_rows
-from common.data.read import Rows, count_rows
+from common.data.read import Rows, count_rows, read_rows
 from common.data.split import count, select
 from common.errors import ConfigError
 from common.examples import Examples
@@ -70,7 +69,8 @@ class Resident:
         key = (name, task_name)
         if key not in self._rows:
             data = self.config.data[name]
-            self._rows[key], _ = load_rows(data.path, data.split, task_of(task_settings), data.columns)
+            # A single file is learnt from as a whole: what is held out is held out at the coordinator.
+            self._rows[key] = read_rows(data.path, data.split, task_of(task_settings).fields, data.columns)
         return self._rows[key]
 
     def examples(self, plan: Plan, model: AdaptedModel) -> Examples:

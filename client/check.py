@@ -7,7 +7,7 @@ from typing import Any
 from client.assemble import declared_size
 from client.config import SiteConfig
 from common.config import TaskSection, validate
-from common.data.load import load_rows
+from common.data.read import read_rows
 from common.data.split import count
 from common.model import Placement, load_base, locate
 from common.tasks.registry import task_of
@@ -29,7 +29,7 @@ def check_site(config: SiteConfig, task_name: str, labels: tuple[str, ...]) -> d
     base = load_base(locate(config.models[0]), task, Placement.choose("cpu"), settings.pooling)
     data = {}
     for name, entry in config.data.items():
-        rows, _ = load_rows(entry.path, entry.split, task, entry.columns)
+        rows = read_rows(entry.path, entry.split, task.fields, entry.columns)
         _, faults = task.encode(rows, base.tokenizer)
         data[name] = {
             "rows": count(rows),

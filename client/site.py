@@ -99,7 +99,7 @@ class Site:
         entry = self.ledger.plan(digest)
         assert entry is not None
         if entry.decision is Decision.WAITING and self.policy.section.approval == "automatic":
-            return self._approve(entry)
+            return self.policy.refusal(plan) or self._approve(entry)
         return entry
 
     def _receive(self, plan: Plan, digest: str) -> None:

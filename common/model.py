@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,12 +29,16 @@ DIGESTED = (
     "vocab*",
     "merges.txt",
     "*.model",
+    "*.tiktoken",
     "modules.json",
     "1_Pooling/config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
 )
 """Files whose bytes decide what the model computes."""
+
+VOCABULARIES = ("tokenizer.json", "vocab*", "*.model", "*.tiktoken")
+"""Files of which a tokenizer needs at least one."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,12 @@ class Placement:
         """
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            chosen = torch.device(device)
-        except RuntimeError:
-            raise ModelError(f"device = '{device}': is not a device; use auto, cpu, cuda or cuda:N") from None
-        if chosen.type == "cuda" and not torch.cuda.is_available():
-            raise ModelError(f"device = '{device}': no CUDA device is visible here; use auto or cpu")
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+            raise ModelError(f"device = '{device}': is not a device; use auto, cpu, cuda or cuda:N")
+        chosen = torch.device(device)
+        visible = torch.cuda.device_count() if chosen.type == "cuda" and torch.cuda.is_available() else 0
+        if chosen.type == "cuda" and (chosen.index or 0) >= visible:
+            raise ModelError(f"device = '{device}': only {visible} CUDA devices are visible here; use auto or cpu")
         native = chosen.type == "cuda" and torch.cuda.is_bf16_supported()
         kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and native) else torch.float32
         return cls(chosen, kind, gradient_checkpointing)
@@ -138,6 +143,8 @@ def load_base(folder: Path, task: Task, placement: Placement, pooling: str = "au
         ModelError: the folder cannot be loaded for this task.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not any(True for pattern in VOCABULARIES for _ in folder.glob(pattern)):  # transformers would make an empty one
+        raise ModelError(f"model {folder}: has no tokenizer (tokenizer.json or a vocabulary file); add its files")
     quiet = _quietly()
     try:
         with quiet, torch.random.fork_rng(devices=[]):

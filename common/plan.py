@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from common.config import (
     SCHEMA_VERSION,
@@ -45,6 +45,13 @@ class Plan(Section):
     """Digest of the adapter's layout (:class:`common.adapter.AdapterSpec`)."""
     neighbouring: Literal["add-remove-one"] = "add-remove-one"
     accountant: Literal["prv"] = "prv"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Plan:
+        names = {phase.name for phase in self.phases}
+        if not names or len(names) != len(self.phases):  # a site looks up what it calibrated by the phase's name
+            raise ValueError("phases: there are none, or two have the same name")
+        return self
 
     @property
     def rounds(self) -> int:

@@ -255,11 +255,6 @@ def tensors_from_record(record: RecordDict) -> dict[str, np.ndarray[Any, np.dtyp
     return arrays
 
 
-def payload_bytes(record: RecordDict) -> int:
-    """Bytes of tensor data a message carries."""
-    return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
-
-
 def _record(header: dict[str, Any], tensors: Tensors | None = None) -> RecordDict:
     record = RecordDict({HEADER: ConfigRecord(header)})
     if tensors is not None:

@@ -26,8 +26,14 @@ class Rejection(StrEnum):
     """Other tensors or shapes than this round trains."""
     NOT_FINITE = "not-finite"
     """NaN or Inf in the update."""
+    OVERSIZE = "oversize"
+    """An update so large that it can only be a fault or an attack."""
     LATE = "late"
     """No reply before the deadline. The site's ε stays spent."""
+
+
+LARGEST_NORM = 1e6
+"""Largest Euclidean norm of an update. Adapters are of norm 1 to 100; beyond this the next round's numbers overflow."""
 
 
 def examine(
@@ -48,4 +54,6 @@ def examine(
         return Rejection.LAYOUT
     if not all(bool(np.isfinite(array).all()) for array in reply.update.values()):
         return Rejection.NOT_FINITE
+    if sum(float(np.square(array, dtype=np.float64).sum()) for array in reply.update.values()) > LARGEST_NORM**2:
+        return Rejection.OVERSIZE
     return None

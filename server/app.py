@@ -19,6 +19,7 @@ from common.errors import ConsiliumError, OutputError, RunFailed
 from common.logs import LogFormat, set_up_logging
 from server.checkpoint import RunFolder, to_json, write_atomically
 from server.lock import RunLock
+from server.mailbox import GARBLED
 from server.prepare import TEST, prepare
 from server.report import finish, manifest
 from server.rounds import Coordinator
@@ -66,7 +67,9 @@ def coordinate(grid: Grid, submission: Submission) -> None:
             )
     else:
         folder = RunFolder.create(out, resolved_toml(config), manifest(prepared, submission.run_id, "deployment"))
-    coordinator = Coordinator(grid, config, prepared.plan, prepared.model, prepared.evaluator, folder, code_digest())
+    coordinator = Coordinator(
+        grid, config, prepared.plan, prepared.model, prepared.evaluator, folder, code_digest(), garbled=GARBLED
+    )
     result = coordinator.run(prepared.initial)
     test = prepared.evaluator.evaluate(result.adapter, TEST) if TEST in prepared.evaluator.splits else None
     finish(prepared, submission.run_id, folder, result, test)

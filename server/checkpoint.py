@@ -17,13 +17,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
 from safetensors.numpy import load, load_file, save
 
 from common.errors import OutputError
@@ -34,19 +36,28 @@ Arrays = Mapping[str, npt.NDArray[Any]]
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """The file has either its old or its new content, whatever happens, and the new one is on disk on return."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The file has either its old or its new content, whatever happens, and the new one is on disk on return.
+
+    Raises:
+        OutputError: the file system does not allow it, or is full.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OutputError(f"output {path}: cannot be written ({error.strerror}); free space or mend access") from None
 
 
 def to_json(value: Any) -> bytes:
@@ -113,7 +124,7 @@ class RunFolder:
         """The run's manifest.
 
         Raises:
-            OutputError: there is none, or it is of a newer version.
+            OutputError: there is none, it is damaged, or it is of a newer version.
         """
         file = self.path / "manifest.json"
         if not file.is_file() or not (self.path / "run.toml").is_file():
@@ -121,7 +132,8 @@ class RunFolder:
                 f"--resume {self.path}: holds no run (manifest.json or run.toml is missing); start it with --config "
                 "and a new --out"
             )
-        manifest: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        with self._undamaged(file):
+            manifest: dict[str, Any] = dict(json.loads(file.read_text(encoding="utf-8")))
         if manifest.get("schema_version", 0) > SCHEMA_VERSION:
             raise OutputError(f"--resume {self.path}: was written by a newer version; update this installation")
         return manifest
@@ -134,6 +146,19 @@ class RunFolder:
     def store_sites(self, sites: Mapping[str, Any]) -> None:
         """Descriptions of all sites that ever took part; weights and privacy statements survive a resumption."""
         write_atomically(self.path / "sites.json", to_json(dict(sorted(sites.items()))))
+
+    def waiting(self) -> str:
+        """What the run waits for, in words; empty if for nothing."""
+        file = self.path / "waiting.txt"
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+    def store_waiting(self, text: str) -> None:
+        """Says what the run waits for, to whoever follows its folder."""
+        file = self.path / "waiting.txt"
+        if not text:
+            file.unlink(missing_ok=True)
+        elif text != self.waiting():
+            write_atomically(file, text.encode())
 
     # ---- inside a round ------------------------------------------------------------------------------------------
 
@@ -207,25 +232,46 @@ class RunFolder:
         shutil.rmtree(self.round_folder(checkpoint.round), ignore_errors=True)
 
     def latest(self) -> Checkpoint | None:
-        """The last checkpoint, if any."""
+        """The last checkpoint, if any.
+
+        Raises:
+            OutputError: it is damaged, or of a newer version.
+        """
         pointer = self.path / "checkpoint" / "LATEST"
         if not pointer.is_file():
             return None
         folder = self.path / "checkpoint" / pointer.read_text(encoding="utf-8").strip()
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if state["schema_version"] > SCHEMA_VERSION:
-            raise OutputError(f"--resume {self.path}: its checkpoint was written by a newer version; update")
-        arrays = load((folder / "state.safetensors").read_bytes())
-        parts: dict[str, dict[str, npt.NDArray[Any]]] = {"aggregator": {}, "best": {}}
-        for key, array in arrays.items():
-            part, _, name = key.partition("/")
-            parts[part][name] = array
-        return Checkpoint(
-            state["round"],
-            state["next_round"],
-            state["phase"],
-            state["best_round"],
-            tuple(state["history"]),
-            parts["aggregator"],
-            parts["best"],
-        )
+        with self._undamaged(folder):
+            state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if state["schema_version"] > SCHEMA_VERSION:
+                raise OutputError(f"--resume {self.path}: its checkpoint was written by a newer version; update")
+            arrays = load((folder / "state.safetensors").read_bytes())
+            parts: dict[str, dict[str, npt.NDArray[Any]]] = {"aggregator": {}, "best": {}}
+            for key, array in arrays.items():
+                part, _, name = key.partition("/")
+                parts[part][name] = array
+            return Checkpoint(
+                state["round"],
+                state["next_round"],
+                state["phase"],
+                state["best_round"],
+                tuple(_with_nan(record) for record in state["history"]),
+                parts["aggregator"],
+                parts["best"],
+            )
+
+    @contextmanager
+    def _undamaged(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise OutputError(
+                f"--resume {self.path}: {path.relative_to(self.path)} is damaged ({type(error).__name__}); "
+                "restore the folder from a copy, or start a new run"
+            ) from None
+
+
+def _with_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as it was before JSON made null of a metric that is not a number."""
+    metrics = {name: float("nan") if value is None else value for name, value in record["metrics"].items()}
+    return {**record, "metrics": metrics}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,12 @@ from common.adapted import AdaptedModel
 from common.data.load import encode_all, load_rows
 from common.data.read import Rows, has_split, is_file
 from common.data.split import count, select
-from common.errors import DataError
+from common.errors import ConfigError, did_you_mean
 from common.examples import Examples
 from common.messages import Tensors
 from common.tasks.base import Generates
 
+LOWER_IS_BETTER = ("loss", "perplexity")
 ROWS = 32
 """Rows of a physical batch in evaluation."""
 
@@ -57,20 +59,20 @@ class Evaluator:
 
     Args:
         generate: how many examples of a split a language model answers in free text (ROUGE-L); 0 for none.
+
+    Raises:
+        ConfigError: the task has no metric of this name.
     """
 
     def __init__(self, model: AdaptedModel, splits: Mapping[str, HeldOut], metric: str = "", generate: int = 0) -> None:
         self.model, self.splits, self.generate = model, splits, generate
         self.metric = metric or model.task.metric
-        self.higher_is_better = (
-            model.task.higher_is_better
-            if self.metric == model.task.metric
-            else self.metric
-            not in (
-                "loss",
-                "perplexity",
+        known = [name for name in model.task.metric_names if generate or name != "rouge_l"]
+        if self.metric not in known:
+            raise ConfigError(
+                f"evaluation.metric = '{self.metric}': this task has no such metric{did_you_mean(self.metric, known)}"
             )
-        )
+        self.higher_is_better = self.metric not in LOWER_IS_BETTER
 
     def evaluate(
         self, adapter: Tensors, split: str, advance: Callable[[int], None] = lambda examples: None
@@ -96,15 +98,12 @@ class Evaluator:
         if self.generate and isinstance(self.model.task, Generates):
             rows = select(data.rows, range(min(self.generate, count(data.rows))))
             metrics |= self.model.task.generated_metrics(self.model.network, self.model.base.tokenizer, rows)
-        if self.metric not in metrics:
-            raise DataError(
-                f"evaluation.metric = '{self.metric}': this task has no such metric; "
-                f"known: {', '.join(sorted(metrics))}"
-            )
         return {**metrics, "examples": float(len(data.examples))}
 
     def better(self, new: float, best: float | None) -> bool:
-        """Whether a metric's value beats the best so far. NaN never does."""
-        if best is None:
+        """Whether a metric's value beats the best so far. NaN never does, and anything else beats NaN."""
+        if isnan(new):
+            return False
+        if best is None or isnan(best):
             return True
         return new > best if self.higher_is_better else new < best

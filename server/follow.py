@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.config import RunConfig
 from common.errors import ConnectionFailed, ConsiliumError, OutputError, RunFailed
 from server.checkpoint import RunFolder
 from server.lock import RunLock
-from server.rounds import Progress
 from server.settings import Submission, absolute, read_run
 from server.submission import SuperLinkAddress, run_status, stop, submit
+
+if TYPE_CHECKING:
+    from server.rounds import Progress  # it would import torch, for which this command has no use
+
+log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 0.2
 """How often the folder is looked at."""
@@ -74,7 +79,7 @@ def _resumable(folder: RunFolder) -> str:
 
 def _follow(superlink: SuperLinkAddress, flower_run: int, out: Path, progress: Progress) -> dict[str, Any]:
     lock, status = RunLock(out), _Status(superlink, flower_run)
-    shown, begun = 0, False
+    shown, begun, waiting = 0, False, ""
     while True:
         # The holder writes its result before it lets go: a lock found free here is older than what is looked for below.
         working = lock.holder() == flower_run
@@ -90,6 +95,9 @@ def _follow(superlink: SuperLinkAddress, flower_run: int, out: Path, progress: P
             if _has_ended(out):
                 continue
             raise RunFailed(f"the run ended at the SuperLink without a result ({ended}); start it again")
+        if working and (text := RunFolder(out).waiting()) != waiting:
+            waiting = text
+            log.warning("waiting: %s", text or "no longer")
         time.sleep(LOOK_SECONDS)
 
 

@@ -83,14 +83,21 @@ class Roster:
             if len(self.participants) >= minimum:
                 settle = settle or now + SETTLE_SECONDS
                 if self._all_heard() or now > settle:
-                    return
+                    break
             elif now - started > timeout:
                 self._note_silent()
                 raise RunFailed(
                     f"server.min_sites = {minimum}: only {len(self.participants)} sites are ready "
                     f"({reasons(self.absent)}); start the missing sites or approve the plan there, then --resume"
                 )
+            self._show_waiting(minimum)
             time.sleep(self.mailbox.poll_seconds)
+        self.folder.store_waiting("")
+
+    def _show_waiting(self, minimum: int) -> None:
+        """For whoever follows the folder: what the run waits for, once a node has said why it does not take part."""
+        if self.absent and len(self.participants) < minimum:
+            self.folder.store_waiting(f"{len(self.participants)} of {minimum} sites are ready; {reasons(self.absent)}")
 
     def refresh(self, every: float = LOOK_SECONDS) -> None:
         """Files the answers that have come, and asks the nodes that do not take part; never waits for one.

@@ -99,6 +99,7 @@ class Coordinator:
         grid: Flower's grid, of a deployment or of a simulation.
         model: the server's own resident model, for evaluation.
         code_digest: of the server's installation; a site with another one refuses.
+        garbled: see :class:`server.mailbox.Mailbox`.
     """
 
     def __init__(
@@ -112,11 +113,12 @@ class Coordinator:
         code_digest: str,
         progress: Progress | None = None,
         poll_seconds: float = POLL_SECONDS,
+        garbled: tuple[type[Exception], ...] = (),
     ) -> None:
         self.config, self.plan, self.model = config, plan, model
         self.evaluator, self.folder = evaluator, folder
         self.progress: Progress = progress or Silent()
-        self.mailbox = Mailbox(grid, plan.run_id, poll_seconds)
+        self.mailbox = Mailbox(grid, plan.run_id, poll_seconds, garbled)
         self.roster = Roster(self.mailbox, plan, code_digest, folder)
 
     # ---- the run ---------------------------------------------------------------------------------------------------
@@ -254,10 +256,9 @@ class Coordinator:
         digest = request.digest()
         spec = self.model.spec.part(self.model.trained_in(self.plan.phase_of(request.round), request.round))
         record = wire.train_request_to_record(request)
-        size = wire.payload_bytes(record)
         on_disk = self.folder.replies(request.round) & set(outcome.cohort)
         outcome.admitted.extend(on_disk)
-        outcome.bytes_down += size * len(outcome.cohort)
+        outcome.bytes_down += _size(request.adapter) * len(outcome.cohort)
         outcome.bytes_up += sum(_size(self.folder.reply(request.round, site)) for site in on_disk)
         asked = {site: one.node for site, one in self.roster.participants.items() if site in outcome.cohort}
         sites = {node: site for site, node in asked.items() if site not in on_disk}

@@ -16,6 +16,9 @@ from common.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+DEMO_DATA = "data"
+"""Where the embedded default's notes are generated, under the output folder."""
+
 HELP = """Simulate a federation of sites on this machine.
 
 Without --config: five synthetic hospitals whose triage notes are generated here, DP at epsilon 8.
@@ -53,8 +56,10 @@ def simulate_command(
         run, folder = read_run(resume), resume
     else:
         folder = out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-        tables = read_toml(config) if config else _demo_tables(folder)
-        run = validate(RunConfig, apply_overrides(tables, settings or []), str(config or "the embedded default"))
+        tables = apply_overrides(read_toml(config) if config else _demo_tables(folder), settings or [])
+        run = validate(RunConfig, tables, str(config or "the embedded default"))
+        if config is None and run.data.path == str(folder / DEMO_DATA):
+            _write_demo_data(folder)
     log = Console(stderr=True)
     if run.privacy.mechanism == "none":
         log.print("[bold red]privacy.mechanism = 'none': this run makes NO privacy promise at all.[/]")
@@ -67,15 +72,20 @@ def simulate_command(
 
 
 def _demo_tables(folder: Path) -> dict[str, Any]:
-    """The embedded default, with its data generated under the output folder."""
+    """The embedded default, with its data under the output folder."""
     from common.config import read_toml
+
+    tables = read_toml(Path(__file__).with_name("demo.toml"))
+    tables["data"]["path"] = str(folder / DEMO_DATA)
+    return tables
+
+
+def _write_demo_data(folder: Path) -> None:
     from server.checkpoint import RunFolder
     from simulations.demo import write_demo_data
 
     RunFolder(folder).refuse_other_run()
-    tables = read_toml(Path(__file__).with_name("demo.toml"))
-    tables["data"]["path"] = str(write_demo_data(folder / "data"))
-    return tables
+    write_demo_data(folder / DEMO_DATA)
 
 
 def show(summary: Mapping[str, Any], console: Console) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from client.audit_log import AuditLog
 from client.config import PolicySection
 from client.policy import Policy, rounded
+from client.privacy.budget import sample_rates, state_privacy
 from client.privacy.ledger import Ledger
 from client.site import Resources, Site
 from common.adapted import AdaptedModel
@@ -26,9 +27,10 @@ from common.config import RunConfig
 from common.data.load import encode_all, load_rows
 from common.data.read import Rows
 from common.data.split import by_column, count, dealt
-from common.errors import ConfigError, OutputError
+from common.errors import ConfigError, OutputError, PrivacyError
 from common.examples import Examples
 from common.messages import SiteService
+from common.plan import Plan
 from server.checkpoint import RunFolder
 from server.evaluation import Evaluator
 from server.prepare import TEST, Prepared, prepare, resident_model, splits
@@ -96,9 +98,26 @@ class Federation:
         size = len(self.parts[site])
         return size if self.config.simulation.public_size == "exact" else rounded(size)
 
+    def _check_size(self, site: str, plan: Plan) -> None:
+        """Says now, and with figures, what a real site would refuse without any.
+
+        Raises:
+            PrivacyError: an expected batch does not fit the site, or ε cannot be reached.
+        """
+        size = self.public_size(site)
+        for phase, rate in zip(plan.phases, sample_rates(plan, size), strict=True):
+            if not 1 / size <= rate <= 1:
+                raise PrivacyError(
+                    f"phase.{phase.name}: an expected batch of {rate * size:g} examples does not fit site '{site}' with "
+                    f"{size}; lower batch_size, use sample_rate, or drop the site"
+                )
+        state_privacy(plan, size)
+
     def run(self, arm: Arm, run_id: str, resume: bool, watch: Watch) -> Trained:
         """Runs (or resumes) one arm to its end."""
         prepared = prepare(arm.config, run_id, self.model, self.evaluator)
+        for site in arm.sites:
+            self._check_size(site, prepared.plan)
         folder = RunFolder(arm.folder)
         if not (resume and (arm.folder / "manifest.json").exists()):
             folder = RunFolder.create(arm.folder, resolved_toml(arm.config), manifest(prepared, run_id, "simulation"))

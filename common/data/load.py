@@ -28,7 +28,7 @@ def load_rows(
         wanted["site_column"] = site_column
     rows = read_rows(source, split, fields, wanted)
     if is_file(source):
-        rows = draw_split(rows, split)
+        rows = draw_split(rows, split, task.fields)
     sites = rows.pop("site_column", [])
     return rows, sites
 

@@ -43,6 +43,8 @@ def read_rows(source: str, split: str, fields: Sequence[str], columns: Mapping[s
                 f"data.columns.{field} = '{column}': {where} has no such column"
                 f"{did_you_mean(column, table.column_names)}; columns: {', '.join(table.column_names)}"
             )
+        if table.column_names.count(column) > 1:
+            raise DataError(f"data.columns.{field} = '{column}': {where} has several columns of that name; rename them")
         rows[field] = table.column(column).to_pylist()
     if table.num_rows == 0:
         raise DataError(f"data: {where} has no rows; give a file with at least one example")
@@ -95,10 +97,7 @@ def _read_file(path: Path) -> pa.Table:
 
             return pyarrow.parquet.read_table(path)
         if path.suffix == ".csv":
-            import pyarrow.csv
-
-            options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            return pyarrow.csv.read_csv(path, parse_options=options)
+            return _read_csv(path)
         if path.suffix in (".jsonl", ".json"):
             import pyarrow.json
 
@@ -107,6 +106,17 @@ def _read_file(path: Path) -> pa.Table:
         first = str(error).splitlines()[0]
         raise DataError(f"data: {path} cannot be read as {path.suffix[1:]}: {first}") from None
     raise DataError(f"data: {path} is of an unknown kind '{path.suffix}'; use csv, jsonl or parquet")
+
+
+def _read_csv(path: Path) -> pa.Table:
+    """Every column as text: a guessed type would take labels called ``1`` and ``2`` for ids, and notes for dates."""
+    import pyarrow.csv
+
+    parse = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    with pyarrow.csv.open_csv(path, parse_options=parse) as reader:
+        names = reader.schema.names
+    convert = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
 
 
 def _from_hub(name: str, split: str) -> pa.Table:

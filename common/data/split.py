@@ -24,9 +24,13 @@ def count(rows: Rows) -> int:
     return len(next(iter(rows.values()), []))
 
 
-def draw_split(rows: Rows, split: str) -> Rows:
+def draw_split(rows: Rows, split: str, fields: Sequence[str]) -> Rows:
     """80 % train, 10 % validation, 10 % test of a single file, by the hash of each row's own content: equal rows fall
     into the same split, and adding rows moves none.
+
+    Args:
+        fields: what counts as content. Whoever draws another split of the same file must name the same fields, or a
+            row could be learnt from and tested on.
 
     Raises:
         DataError: unknown split, or no row falls into it.
@@ -36,7 +40,7 @@ def draw_split(rows: Rows, split: str) -> Rows:
             f"split '{split}': a single file is split into {', '.join(SPLITS)} only; give a folder of files"
         )
     low, high = SPLITS[split]
-    columns = [rows[field] for field in sorted(rows)]
+    columns = [rows[field] for field in sorted(fields)]
     chosen = [index for index, values in enumerate(zip(*columns, strict=True)) if low <= _position(values) < high]
     if not chosen:
         raise DataError(

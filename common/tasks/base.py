@@ -52,8 +52,9 @@ class Task(Protocol):
     peft_type: ClassVar[str]
     """PEFT's task type."""
     metric: ClassVar[str]
-    """The metric that selects the best round."""
-    higher_is_better: ClassVar[bool]
+    """The metric that selects the best round, unless ``evaluation.metric`` names another."""
+    metric_names: ClassVar[tuple[str, ...]]
+    """All metrics of an evaluation."""
     selects_pooling: ClassVar[bool]
     """Whether token states are pooled into one feature vector before the head."""
     settings: TaskSection

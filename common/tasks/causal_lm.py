@@ -30,7 +30,7 @@ class CausalLM:
     fields: ClassVar[tuple[str, ...]] = ("prompt", "completion")
     peft_type: ClassVar[str] = "CAUSAL_LM"
     metric: ClassVar[str] = "perplexity"
-    higher_is_better: ClassVar[bool] = False
+    metric_names: ClassVar[tuple[str, ...]] = ("perplexity", "rouge_l", "loss")
     selects_pooling: ClassVar[bool] = False
     inputs: ClassVar[tuple[str, ...]] = ("prompt",)
 

@@ -23,7 +23,7 @@ class SequenceClassification:
     fields: ClassVar[tuple[str, ...]] = ("text", "label")
     peft_type: ClassVar[str] = "SEQ_CLS"
     metric: ClassVar[str] = "accuracy"
-    higher_is_better: ClassVar[bool] = True
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1", "loss")
     selects_pooling: ClassVar[bool] = True
     inputs: ClassVar[tuple[str, ...]] = ("text",)
 

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import tomli_w
+from deployment import Deployment
 
 from client.privacy.ledger import Ledger
 
@@ -160,25 +161,38 @@ class SiteAgent:
                 self.process = None
 
     def _environment(self) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ}
+        kept = {
+            name: os.environ[name] for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "LANG") if name in os.environ
+        }
         return {**kept, "HOME": str(self.folder), **ENVIRONMENT, **self.environment}
 
 
 @dataclass
-class Agents:
-    """The agents of several sites, from start to the certain end of every process."""
+class Federation:
+    """A deployment, and an agent at each of its sites.
 
-    agents: Sequence[SiteAgent]
+    Attributes:
+        data: train.csv with the rows of all sites, validation.csv and test.csv.
+        model: the folder of the base model.
+    """
 
-    def __getitem__(self, name: str) -> SiteAgent:
-        """The agent of that site."""
-        return next(agent for agent in self.agents if agent.name == name)
+    deployment: Deployment
+    data: Path
+    model: Path
+    agents: dict[str, SiteAgent] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
-        """Starts all of them at the same time."""
+        """Starts everything at the same time."""
+        with (self.data / "train.csv").open(encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        for site in self.deployment.sites:
+            self.agents[site.name] = self.agent(site.name, [row for row in rows if row["hospital"] == site.name])
         try:
-            with ThreadPoolExecutor(len(self.agents)) as pool:
-                list(pool.map(SiteAgent.start, self.agents))
+            with ThreadPoolExecutor(1 + len(self.agents)) as pool:
+                started = [pool.submit(agent.start) for agent in self.agents.values()]
+                started.append(pool.submit(self.deployment.__enter__))
+                for one in started:
+                    one.result()
         except BaseException:
             self.close()
             raise
@@ -187,10 +201,46 @@ class Agents:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends all of them."""
+        """Ends all of it."""
         self.close()
 
     def close(self) -> None:
-        """Ends all of them without warning."""
-        for agent in self.agents:
+        """Ends all of it without warning."""
+        for agent in self.agents.values():
             agent.kill()
+        self.deployment.close()
+
+    def agent(
+        self,
+        site: str,
+        rows: Sequence[Mapping[str, str]] | None = None,
+        folder: str = "",
+        **sections: Mapping[str, Any],
+    ) -> SiteAgent:
+        """An agent for a site's address, not started.
+
+        Args:
+            rows: its training data; those of the site's own agent, unless given.
+            folder: the name of its folder; the site's, unless given.
+            sections: settings put over the usual ones, by section of ``site.toml``.
+        """
+        tables = site_tables(site, self.deployment.site(site).agent, self.model, **sections)
+        home = self.deployment.folder / "agents" / (folder or site)
+        return SiteAgent(site, home, tables, self.agents[site].rows if rows is None else rows)
+
+    @contextlib.contextmanager
+    def replaced(self, site: str, other: SiteAgent | None) -> Iterator[None]:
+        """While this lasts, another agent (or none) serves at the site's address."""
+        self.agents[site].kill()
+        try:
+            if other is not None:
+                other.start()
+            yield
+        finally:
+            if other is not None:
+                other.kill()
+            self.agents[site].start()
+
+    def logs(self) -> str:
+        """The logs of all agents."""
+        return "\n".join(f"==== agent of {name} ====\n{agent.log()}" for name, agent in self.agents.items())

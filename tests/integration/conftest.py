@@ -13,16 +13,29 @@ import pytest
 # The test folders are no packages; last, so that nothing is hidden by a module beside this file.
 sys.path.append(str(Path(__file__).parent))
 
+from agents import Federation
 from deployment import Deployment
 
+SITES = ("north", "south", "west")
+"""The sites of ``triage_data``."""
+
 _live: list[Deployment] = []
+_live_federations: list[Federation] = []
 
 
 @pytest.fixture(scope="session")
-def deployment() -> Iterator[Deployment]:
-    """A running deployment with the sites ``site-1`` and ``site-2``, shared by all tests; leave it whole."""
-    with ExitStack() as stack:
-        yield _start(stack)
+def federation(tiny_bert: Path, triage_data: Path) -> Iterator[Federation]:
+    """A running deployment with an agent at each of the three sites, shared by all tests; leave it as it was found."""
+    with Federation(Deployment(SITES), triage_data, tiny_bert) as running:
+        _live_federations.append(running)
+        yield running
+        _live_federations.remove(running)
+
+
+@pytest.fixture(scope="session")
+def deployment(federation: Federation) -> Deployment:
+    """The same deployment, for tests that have no use for agents; leave it whole."""
+    return federation.deployment
 
 
 @pytest.fixture
@@ -45,9 +58,12 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Show the logs of the running deployments below a failure of a test that uses one."""
     report = yield
-    if report.failed and {"deployment", "start_deployment"} & set(getattr(item, "fixturenames", ())):
-        for running in _live:
+    used = set(getattr(item, "fixturenames", ()))
+    if report.failed and used & {"federation", "start_deployment"}:
+        for running in (*_live, *(one.deployment for one in _live_federations)):
             report.sections.append((f"Deployment in {running.folder}", running.logs()))
+        for shared in _live_federations:
+            report.sections.append(("Agents", shared.logs()))
     return report
 
 

@@ -58,12 +58,12 @@ def language_model(
 
 
 def encoded(model: AdaptedModel, n: int, seed: int = 0, longest: int = 40) -> list[Encoded | None]:
-    """``n`` examples of random tokens and ragged lengths from 3 to ``longest``; they span several length buckets."""
+    """``n`` examples of random tokens (from 6 on) and ragged lengths from 3 to ``longest``, in several buckets."""
     generator = np.random.default_rng(seed)
     vocabulary = int(model.network.config.vocab_size)
     items: list[Encoded | None] = []
     for length in generator.integers(3, longest + 1, n):
-        ids = generator.integers(5, vocabulary, length).astype(np.int32)
+        ids = generator.integers(6, vocabulary, length).astype(np.int32)
         if model.task.name == "causal-lm":
             target = ids.astype(np.int64)
             target[: int(generator.integers(1, length))] = -100
@@ -169,6 +169,7 @@ def site_for(
     policy: Policy | None = None,
     fixed_seed: int | None = None,
     rows: int = 4,
+    durable: bool = False,
     **settings: Any,
 ) -> Site:
     """A site with a ledger and an audit log of its own under ``folder``."""
@@ -183,8 +184,8 @@ def site_for(
     return Site(
         "north",
         policy or policy_for(model),
-        Ledger(folder, durable=False),
-        AuditLog(folder / "audit.jsonl", durable=False),
+        Ledger(folder, durable=durable),
+        AuditLog(folder / "audit.jsonl", durable=durable),
         Resources(lambda plan: model, lambda plan, model: give(), rows),
         CODE,
         fixed_seed=fixed_seed,

@@ -103,7 +103,7 @@ def sharpened(model: AdaptedModel) -> AdaptedModel:
     """The model with so large logits that a right answer has next to no gradient and a wrong one a huge gradient."""
     if model.task.name == "causal-lm":
         with torch.no_grad():
-            model.network.get_output_embeddings().weight *= 3  # type: ignore[operator]
+            model.network.get_output_embeddings().weight *= 8  # type: ignore[operator]
     return model
 
 
@@ -145,8 +145,8 @@ def test_the_clipped_sum_equals_brute_force_with_ragged_lengths_an_outlier_and_v
     items = [None, *with_outlier(model, 14, received), None]
     gradients = gradients_one_by_one(model, items, received, names)
     norms = np.linalg.norm(gradients, axis=1)
-    clip_norm = float(np.sqrt(norms.min() * norms.max()))
-    assert norms.max() > 4 * clip_norm and norms.min() < clip_norm / 4
+    clip_norm = float(norms.max()) / 10
+    assert (norms < clip_norm / 2).any() and (norms > clip_norm).sum() > 1
     found = clipped_sum(model, items, received, names, clip_norm)
     assert disagreement(found, clipped_by_hand(gradients, clip_norm)) < 1e-6
 

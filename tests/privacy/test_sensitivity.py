@@ -68,7 +68,7 @@ def outside_the_vocabulary(model: AdaptedModel) -> int:
 def test_removing_any_one_example_moves_the_clipped_sum_by_at_most_the_clip_norm(build: Build, kind: str) -> None:
     model = build(kind)
     void_gradients(model, token=5)
-    names, received = names_of(model, ("head", "A", "B")), random_state(model, scale=2.0)  # large gradients
+    names, received = names_of(model, ("head", "A", "B")), random_state(model)
     items = encoded(model, 10)
     items[4] = with_token(items[4], 5)
     clip_norm = 0.5
@@ -78,7 +78,7 @@ def test_removing_any_one_example_moves_the_clipped_sum_by_at_most_the_clip_norm
         for index in range(len(items))
     ]
     assert max(moved) <= clip_norm * (1 + 1e-5)
-    assert sorted(moved)[1] > 0.9 * clip_norm, "all others are clipped, so each moves it by nearly that much"
+    assert np.median(moved) > 0.99 * clip_norm, "most are clipped, so each of them moves it by nearly that much"
     assert moved[4] <= 1e-5
 
 
@@ -138,7 +138,6 @@ def test_whatever_an_example_raises_it_contributes_zero(
 ) -> None:
     model = build("classifier")
     names, received, items = names_of(model, ("head",)), random_state(model), encoded(model, 6)
-    expected = clipped_sum(model, [*items[:2], None, *items[3:]], received, names)
     victim = items[2]
     assert victim is not None
     items[2] = Encoded(victim.ids, np.asarray(2, np.int64))

@@ -22,6 +22,7 @@ from transformers import (
     DistilBertModel,
     GraniteConfig,
     GraniteForCausalLM,
+    PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     RobertaConfig,
@@ -479,25 +480,23 @@ def test_a_rank_above_the_width_is_refused_where_a_must_be_orthonormal(tiny_bert
 def test_a_head_of_several_modules_takes_only_the_stock_pooling(
     family: str, tiny_bert: Path, tmp_path: Path, adapted_model: Load, random_adapter: Draw
 ) -> None:
-    shape = {
-        "vocab_size": 246,
-        "hidden_size": 32,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 130,
-        "pad_token_id": 0,
-    }
+    network: PreTrainedModel
     if family == "roberta":
-        RobertaModel(RobertaConfig(**shape, num_hidden_layers=2, intermediate_size=64)).save_pretrained(tmp_path)
+        network = RobertaModel(
+            RobertaConfig(
+                vocab_size=246,
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=64,
+                max_position_embeddings=130,
+                pad_token_id=0,
+            )
+        )
     else:
-        sizes = {
-            "vocab_size": 246,
-            "dim": 32,
-            "n_heads": 4,
-            "n_layers": 2,
-            "hidden_dim": 64,
-            "max_position_embeddings": 128,
-        }
-        DistilBertModel(DistilBertConfig(**sizes)).save_pretrained(tmp_path)
+        sizes = {"vocab_size": 246, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64}
+        network = DistilBertModel(DistilBertConfig(**sizes, max_position_embeddings=128))
+    network.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_bert).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"task\.pooling = 'mean'.*task\.pooling = 'model'"):
         adapted_model(tmp_path, pooling="mean")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from client.config import SiteConfig
-from common.config import DEFAULT_PHASES, SCHEMA_VERSION, RunConfig, apply_overrides, read_toml, validate
+from common.config import DEFAULT_PHASES, RunConfig, apply_overrides, read_toml, validate
 from common.errors import ConfigError
 
 TASK = {"labels": ["urgent", "routine"]}
@@ -143,10 +143,9 @@ def test_no_privacy_needs_no_epsilon() -> None:
 def test_a_newer_schema_is_refused_before_its_names_are_judged() -> None:
     for model in (RunConfig, SiteConfig):
         with pytest.raises(ConfigError) as caught:
-            validate(model, {"schema_version": SCHEMA_VERSION + 1, "from_the_future": 1}, "x.toml")
-        assert caught.value.problems == [
-            f"schema_version = {SCHEMA_VERSION + 1}: is newer than this installation knows ({SCHEMA_VERSION}); update it"
-        ]
+            validate(model, {"schema_version": 2, "from_the_future": 1}, "x.toml")
+        (problem,) = caught.value.problems
+        assert problem == "schema_version = 2: is newer than this installation knows (1); update it"
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

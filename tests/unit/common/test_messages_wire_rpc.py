@@ -1,0 +1,508 @@
+"""Every message through both of its forms and back; what is malformed is refused; nothing but the agreed fields."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import rpc, wire
+from common.errors import WireError
+from common.messages import (
+    SCHEMA_VERSION,
+    DescribeRequest,
+    Pending,
+    PhaseStatement,
+    PlanStatus,
+    PrivacyStatement,
+    Refusal,
+    RefusalReason,
+    Release,
+    SiteDescription,
+    TrainReply,
+    TrainRequest,
+    Unavailable,
+)
+from common.protos import site_pb2 as pb
+
+Tensors = dict[str, np.ndarray]
+
+PHASE = PhaseStatement("lora", 0.25, 1.5, 1.0, 40)
+PRIVACY = PrivacyStatement(7.9, 1e-5, "example", "add-remove-one", "prv", 40, (PHASE,))
+DESCRIPTION = SiteDescription(
+    "north", PlanStatus.READY, None, "c" * 64, ("causal-lm", "sequence-classification"), 64, 420, PRIVACY
+)
+REQUEST = TrainRequest(
+    "run-1", 3, "p" * 64, {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(4, "<f4")}
+)
+RELEASE = Release("north", "run-1", 3, "d" * 64, {"b": np.full((2, 3), -0.0, np.float32)})
+
+
+def same(left: Any, right: Any) -> bool:
+    """Equal messages, tensors compared bit for bit."""
+    if type(left) is not type(right):
+        return False
+    for one in fields(left):
+        mine, other = getattr(left, one.name), getattr(right, one.name)
+        if one.name in ("adapter", "update"):
+            if {k: (v.shape, v.tobytes()) for k, v in mine.items()} != {
+                k: (v.shape, v.tobytes()) for k, v in other.items()
+            }:
+                return False
+        elif mine != other:
+            return False
+    return True
+
+
+# ---- any message, through either form -------------------------------------------------------------------------------
+
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), min_size=1, max_size=20)
+positive = st.floats(min_value=1e-12, max_value=1e12)
+shape = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> Tensors:
+    drawn = draw(st.dictionaries(text, st.tuples(shape, st.integers(0, 2**32 - 1)), max_size=4))
+    return {
+        name: np.random.default_rng(seed).integers(0, 2**32, size, np.uint32).view(np.float32)  # NaN and Inf included
+        for name, (size, seed) in drawn.items()
+    }
+
+
+requests = st.builds(
+    TrainRequest,
+    run_id=text,
+    round=st.integers(1, 2**31),
+    plan_digest=text,
+    adapter=tensors(),
+    schema_version=st.just(1),
+)
+releases = st.builds(
+    Release,
+    site=text,
+    run_id=text,
+    round=st.integers(1, 2**31),
+    request_digest=text,
+    update=tensors(),
+    schema_version=st.just(1),
+)
+replies = st.one_of(releases, st.builds(Refusal, text, st.sampled_from(RefusalReason)), st.builds(Pending, text))
+phases = st.builds(PhaseStatement, text, positive, positive, positive, st.integers(0, 2**40))
+statements = st.builds(
+    PrivacyStatement,
+    epsilon=st.none() | positive,
+    delta=st.none() | positive,
+    unit=text,
+    neighbouring=text,
+    accountant=text,
+    steps=st.integers(0, 2**40),
+    phases=st.lists(phases, max_size=3).map(tuple),
+)
+descriptions = st.builds(
+    SiteDescription,
+    site=st.from_regex(r"[a-zA-Z0-9é][\w.-]{0,40}", fullmatch=True),
+    status=st.sampled_from(PlanStatus),
+    refusal=st.none() | st.sampled_from(RefusalReason),
+    code_digest=text,
+    tasks=st.lists(text, max_size=3).map(tuple),
+    max_rank=st.integers(0, 2**31),
+    public_size=st.integers(1, 2**40),
+    privacy=st.none() | statements,
+    schema_version=st.just(1),
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(requests)
+def test_a_train_request_comes_through_both_forms_with_its_digest(request: TrainRequest) -> None:
+    for again in (
+        wire.train_request_from_record(wire.train_request_to_record(request)),
+        rpc.train_request_of(rpc.train_request_frames(request)),
+    ):
+        assert same(again, request)
+        assert again.digest() == request.digest()
+
+
+@settings(max_examples=40, deadline=None)
+@given(replies)
+def test_a_reply_comes_through_both_forms(reply: TrainReply) -> None:
+    assert same(wire.train_reply_from_record(wire.train_reply_to_record(reply)), reply)
+    assert same(rpc.train_reply_of(rpc.train_reply_frames(reply)), reply)
+
+
+@settings(max_examples=40, deadline=None)
+@given(descriptions)
+def test_a_description_comes_through_both_forms(description: SiteDescription) -> None:
+    assert wire.description_from_record(wire.description_to_record(description)) == description
+    assert rpc.description_of(rpc.description_to_proto(description)) == description
+
+
+def test_a_describe_request_comes_through() -> None:
+    request = DescribeRequest("run-1", '{"plan": "später"}', "c" * 64)
+    assert wire.describe_request_from_record(wire.describe_request_to_record(request)) == request
+
+
+def test_no_answer_is_the_same_record_whatever_went_wrong() -> None:
+    record = wire.train_reply_to_record(Unavailable())
+    assert wire.is_unavailable(record)
+    assert wire.train_reply_from_record(record) == Unavailable()
+    assert dict(record.config_records["consilium"]) == {"kind": "unavailable"}
+    assert not wire.is_unavailable(wire.description_to_record(DESCRIPTION))
+    assert not wire.is_unavailable(RecordDict({}))
+
+
+def test_tensors_of_several_frames_come_through_and_can_be_written_to() -> None:
+    """Torch warns of arrays it may not write to."""
+    count = 3 * rpc.CHUNK // 4 + 5
+    big = {"x": np.arange(count, dtype=np.float32), "y": np.float32(3).reshape(()), "z": np.zeros((0, 2), np.float32)}
+    request = replace(REQUEST, adapter=big)
+    frames = list(rpc.train_request_frames(request))
+    assert len(frames) == 1 + 4 + 1  # header, x in four, y in one, nothing for z
+    assert max(frame.ByteSize() for frame in frames) < 4 << 20
+    for again in (rpc.train_request_of(frames), wire.train_request_from_record(wire.train_request_to_record(request))):
+        assert same(again, request)
+        assert all(array.flags.writeable for array in again.adapter.values())
+
+
+# ---- the request's digest -------------------------------------------------------------------------------------------
+
+
+def test_the_digest_does_not_depend_on_the_order_of_tensors_or_on_their_memory_layout() -> None:
+    backwards = {name: np.asfortranarray(REQUEST.adapter[name]) for name in reversed(list(REQUEST.adapter))}
+    assert replace(REQUEST, adapter=backwards).digest() == REQUEST.digest()
+
+
+def test_whatever_a_site_would_answer_differently_to_changes_the_digest() -> None:
+    def with_b(array: np.ndarray) -> TrainRequest:
+        return replace(REQUEST, adapter={**REQUEST.adapter, "b": array})
+
+    b = REQUEST.adapter["b"]
+    others = [
+        replace(REQUEST, run_id="run-2"),
+        replace(REQUEST, round=4),
+        replace(REQUEST, plan_digest="q" * 64),
+        with_b(b.reshape(3, 2)),
+        with_b(b.reshape(6)),
+        with_b(np.nextafter(b, np.float32(9))),
+        with_b(np.where(b == 0, np.float32(-0.0), b)),
+        replace(REQUEST, adapter={"a": REQUEST.adapter["a"], "c": b}),
+        replace(REQUEST, adapter={"a": REQUEST.adapter["a"]}),
+    ]
+    assert len({request.digest() for request in (REQUEST, *others)}) == 1 + len(others)
+
+
+# ---- only the agreed fields -----------------------------------------------------------------------------------------
+
+SENT: list[tuple[RecordDict, set[str], bool]] = [
+    (
+        wire.describe_request_to_record(DescribeRequest("r", "p", "c")),
+        {"run_id", "plan", "code_digest", "schema_version"},
+        False,
+    ),
+    (
+        wire.description_to_record(DESCRIPTION),
+        {
+            "site",
+            "status",
+            "refusal",
+            "code_digest",
+            "tasks",
+            "max_rank",
+            "public_size",
+            "privacy",
+            "schema_version",
+        },
+        False,
+    ),
+    (wire.train_request_to_record(REQUEST), {"run_id", "round", "plan_digest", "schema_version"}, True),
+    (
+        wire.train_reply_to_record(RELEASE),
+        {"kind", "site", "run_id", "round", "request_digest", "schema_version"},
+        True,
+    ),
+    (wire.train_reply_to_record(Refusal("north", RefusalReason.BUDGET)), {"kind", "site", "reason"}, False),
+    (wire.train_reply_to_record(Pending("north")), {"kind", "site"}, False),
+    (wire.train_reply_to_record(Unavailable()), {"kind"}, False),
+]
+
+
+@pytest.mark.parametrize(("record", "header", "has_tensors"), SENT)
+def test_only_allow_listed_fields_travel(record: RecordDict, header: set[str], has_tensors: bool) -> None:
+    assert set(record) == {"consilium", "tensors"} if has_tensors else {"consilium"}
+    assert set(record.config_records["consilium"]) == header
+
+
+def test_a_statement_travels_with_these_fields_and_no_others() -> None:
+    sent = json.loads(str(wire.description_to_record(DESCRIPTION).config_records["consilium"]["privacy"]))
+    assert set(sent) == {"epsilon", "delta", "unit", "neighbouring", "accountant", "steps", "phases"}
+    assert set(sent["phases"][0]) == {"name", "sample_rate", "noise_multiplier", "clip_norm", "steps"}
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (pb.TrainReplyFrame, {"release", "chunk", "refusal", "pending"}),
+        (pb.ReleaseHeader, {"schema_version", "site", "run_id", "round", "request_digest", "layout"}),
+        (pb.TensorLayout, {"name", "shape"}),
+        (pb.Refusal, {"site", "reason"}),
+        (pb.Pending, {"site"}),
+        (pb.SiteDescription, {one.name for one in fields(SiteDescription)}),
+        (pb.PrivacyStatement, {one.name for one in fields(PrivacyStatement)}),
+        (pb.PhaseStatement, {one.name for one in fields(PhaseStatement)}),
+    ],
+)
+def test_the_border_of_the_site_has_these_fields_and_no_others(message: Any, expected: set[str]) -> None:
+    assert {field.name for field in message.DESCRIPTOR.fields} == expected
+
+
+# ---- malformed records ----------------------------------------------------------------------------------------------
+
+READERS: list[tuple[Callable[[RecordDict], Any], RecordDict]] = [
+    (wire.describe_request_from_record, SENT[0][0]),
+    (wire.description_from_record, SENT[1][0]),
+    (wire.train_request_from_record, SENT[2][0]),
+    (wire.train_reply_from_record, SENT[3][0]),
+    (wire.train_reply_from_record, SENT[4][0]),
+    (wire.train_reply_from_record, SENT[5][0]),
+]
+IDS = ["describe", "description", "request", "release", "refusal", "pending"]
+
+
+def changed(record: RecordDict, **header: Any) -> RecordDict:
+    """The record with other header fields; ``None`` removes one."""
+    merged = {**dict(record.config_records["consilium"]), **header}
+    kept = {name: value for name, value in merged.items() if value is not None}
+    return RecordDict({"consilium": ConfigRecord(kept), **record.array_records})
+
+
+@pytest.mark.parametrize(("read", "record"), READERS, ids=IDS)
+def test_a_record_with_a_missing_unknown_or_mistyped_field_is_refused(
+    read: Callable[[RecordDict], Any], record: RecordDict
+) -> None:
+    with pytest.raises(WireError, match="has no header"):
+        read(RecordDict({}))
+    with pytest.raises(WireError, match=r"unknown \['loss'\]"):
+        read(changed(record, loss=0.5))
+    for name, value in dict(record.config_records["consilium"]).items():
+        with pytest.raises(WireError):
+            read(changed(record, **{name: None}))
+        for wrong in (b"bytes", True, 1.5, [1], "text" if not isinstance(value, str) else 7):
+            with pytest.raises(WireError):
+                read(changed(record, **{name: wrong}))
+
+
+@pytest.mark.parametrize(
+    ("read", "record"), [each for each in READERS if "schema_version" in each[1].config_records["consilium"]]
+)
+def test_a_record_of_a_newer_schema_is_refused_as_such(read: Callable[[RecordDict], Any], record: RecordDict) -> None:
+    with pytest.raises(WireError, match=r"schema_version 2 is newer than this installation knows; update it"):
+        read(changed(record, schema_version=SCHEMA_VERSION + 1))
+
+
+@pytest.mark.parametrize("site", ["", "..", "../x", "a/b", "a\\b", ".hidden", "-rf", "a\nb", "x" * 200, "a b", "a\0b"])
+def test_a_site_whose_name_could_leave_its_folder_is_refused(site: str) -> None:
+    with pytest.raises(WireError, match="the site's name"):
+        wire.description_from_record(changed(SENT[1][0], site=site))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"status": "enthusiastic"},
+        {"refusal": "because"},
+        {"public_size": 0},
+        {"public_size": -5},
+        {"tasks": [1, 2]},
+        {"privacy": "{"},
+        {"privacy": "[]"},
+        {"privacy": "7"},
+        {"privacy": "{}"},
+        {"privacy": "[" * 100_000},
+        {"privacy": '{"epsilon": 1, "phases": 3}'},
+        {"privacy": json.dumps({**json.loads(str(SENT[1][0].config_records["consilium"]["privacy"])), "n": 224})},
+        {"privacy": str(SENT[1][0].config_records["consilium"]["privacy"]).replace("7.9", '"7.9"')},
+        {"privacy": str(SENT[1][0].config_records["consilium"]["privacy"]).replace("7.9", "true")},
+        {"privacy": str(SENT[1][0].config_records["consilium"]["privacy"]).replace("1.5", "null")},
+    ],
+    ids=str,
+)
+def test_a_description_whose_contents_are_wrong_is_refused(header: dict[str, Any]) -> None:
+    with pytest.raises(WireError):
+        wire.description_from_record(changed(SENT[1][0], **header))
+
+
+def test_an_unknown_kind_or_reason_of_a_reply_is_refused() -> None:
+    with pytest.raises(WireError, match="unknown kind 'metrics'"):
+        wire.train_reply_from_record(changed(SENT[3][0], kind="metrics"))
+    with pytest.raises(WireError, match="unknown refusal reason 'because of row 7'"):
+        wire.train_reply_from_record(changed(SENT[4][0], reason="because of row 7"))
+
+
+def saved(array: np.ndarray) -> bytes:
+    stream = BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()
+
+
+def zipped() -> bytes:
+    stream = BytesIO()
+    np.savez(stream, x=np.ones(3, np.float32))
+    return stream.getvalue()
+
+
+def pickled() -> bytes:
+    stream = BytesIO()
+    np.save(stream, np.array([{"a": 1}], object), allow_pickle=True)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        Array("float64", (2,), "numpy.ndarray", saved(np.ones(2))),
+        Array("float32", (2,), "numpy.ndarray", saved(np.ones(2, np.float16))),
+        Array("float32", (2,), "numpy.ndarray", saved(np.ones(2, ">f4"))),
+        Array("float32", (2,), "numpy.ndarray", saved(np.ones(2, np.float32))[:-1]),
+        Array("float32", (2,), "numpy.ndarray", b""),
+        Array("float32", (2,), "torch", saved(np.ones(2, np.float32))),
+        Array("float32", (3,), "numpy.ndarray", zipped()),
+        Array("object", (1,), "numpy.ndarray", pickled()),
+    ],
+    ids=["float64", "float16", "big-endian", "cut short", "empty", "other kind", "archive", "pickle"],
+)
+def test_tensors_that_are_not_whole_fp32_arrays_are_refused(array: Array) -> None:
+    record = RecordDict({**RECORD_HEADER, "tensors": ArrayRecord({"x": array})})
+    with pytest.raises(WireError, match="message: "):
+        wire.train_reply_from_record(record)
+
+
+RECORD_HEADER = {"consilium": SENT[3][0].config_records["consilium"]}
+
+
+def test_a_release_or_request_without_tensors_is_refused() -> None:
+    with pytest.raises(WireError, match="its tensors cannot be read"):
+        wire.train_reply_from_record(RecordDict(dict(RECORD_HEADER)))
+    with pytest.raises(WireError, match="its tensors cannot be read"):
+        wire.train_request_from_record(RecordDict({"consilium": SENT[2][0].config_records["consilium"]}))
+
+
+# ---- malformed frames -----------------------------------------------------------------------------------------------
+
+
+def header(*layout: tuple[str, tuple[int, ...]], version: int = SCHEMA_VERSION) -> pb.TrainRequestFrame:
+    entries = [pb.TensorLayout(name=name, shape=shape) for name, shape in layout]
+    return pb.TrainRequestFrame(
+        header=pb.TrainRequestHeader(schema_version=version, run_id="r", round=1, plan_digest="p", layout=entries)
+    )
+
+
+def chunk(*values: float) -> pb.TrainRequestFrame:
+    return pb.TrainRequestFrame(chunk=struct.pack(f"<{len(values)}f", *values))
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ([], "does not start with a header"),
+        ([chunk(1.0)], "does not start with a header"),
+        ([pb.TrainRequestFrame()], "does not start with a header"),
+        ([header(("a", (2,)))], "the bytes of tensor 'a' do not match its shape"),
+        ([header(("a", (2,))), chunk(1.0)], "the bytes of tensor 'a' do not match its shape"),
+        ([header(("a", (2,))), chunk(1.0, 2.0, 3.0)], "the bytes of tensor 'a' do not match its shape"),
+        ([header(("a", (2,))), chunk(1.0, 2.0), chunk(3.0)], "more bytes than its layout announces"),
+        ([header(("a", (1,)), ("b", (1,))), chunk(1.0, 2.0)], "the bytes of tensor 'a' do not match its shape"),
+        ([header(("a", (2,))), pb.TrainRequestFrame(chunk=b""), chunk(1.0, 2.0)], "do not match its shape"),
+        ([header(("a", (1,)), ("a", (1,))), chunk(1.0), chunk(2.0)], "tensor 'a' is announced twice"),
+        ([header(("a", (2,))), header(("a", (2,))), chunk(1.0, 2.0)], "something other than tensor data"),
+        ([header(("a", (2,))), chunk(1.0, 2.0), pb.TrainRequestFrame()], "something other than tensor data"),
+        ([header(version=SCHEMA_VERSION + 1)], "schema_version 2 is newer than this installation knows"),
+    ],
+)
+def test_frames_that_are_missing_out_of_order_or_too_many_are_refused(
+    frames: list[pb.TrainRequestFrame], message: str
+) -> None:
+    with pytest.raises(WireError, match=message):
+        rpc.train_request_of(frames)
+
+
+def refusal(reason: str) -> pb.TrainReplyFrame:
+    return pb.TrainReplyFrame(refusal=pb.Refusal(site="north", reason=reason))
+
+
+@pytest.mark.parametrize(
+    ("frames", "message"),
+    [
+        ([], "does not start with a release, a refusal or a pending plan"),
+        ([pb.TrainReplyFrame(chunk=b"1234")], "does not start with a release"),
+        ([refusal("because of row 7")], "unknown refusal reason 'because of row 7'"),
+        ([refusal("budget"), refusal("budget")], "goes on after a refusal"),
+        ([pb.TrainReplyFrame(pending=pb.Pending(site="n")), pb.TrainReplyFrame(chunk=b"1234")], "goes on after a pend"),
+        ([*rpc.train_reply_frames(RELEASE), refusal("budget")], "something other than tensor data"),
+        ([pb.TrainReplyFrame(release=pb.ReleaseHeader(schema_version=2))], "schema_version 2 is newer"),
+    ],
+)
+def test_reply_frames_that_do_not_fit_are_refused(frames: list[pb.TrainReplyFrame], message: str) -> None:
+    with pytest.raises(WireError, match=message):
+        rpc.train_reply_of(frames)
+
+
+@pytest.mark.parametrize("field", ["status", "refusal", "schema_version"])
+def test_a_description_from_the_agent_with_unknown_words_is_refused(field: str) -> None:
+    message = rpc.description_to_proto(DESCRIPTION)
+    setattr(message, field, 2 if field == "schema_version" else "unheard-of")
+    with pytest.raises(WireError):
+        rpc.description_of(message)
+
+
+# ---- too large ------------------------------------------------------------------------------------------------------
+
+
+def endless() -> Iterator[pb.TrainRequestFrame]:
+    """An announcement, after which no frame may be asked for."""
+    yield header(("a", (1 << 28,)))
+    raise AssertionError("tensor data were read")
+
+
+def test_an_announcement_above_512_mib_is_refused_before_anything_is_read() -> None:
+    assert rpc.LARGEST_TRANSFER == 512 << 20
+    with pytest.raises(WireError, match="announces 1024 MiB, more than 512 MiB"):
+        rpc.train_request_of(endless())
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        [("a", (1 << 32, 1 << 32))],  # 0 modulo 2**64
+        [("a", (1 << 62, 3))],  # negative as a signed 64-bit number
+        [("a", (1 << 63,)), ("b", (1 << 63,))],
+        [("a", (1 << 20, 65)), ("b", (1 << 20, 64))],  # each below the limit, together above it
+    ],
+)
+def test_an_announced_size_cannot_hide_behind_an_overflow_or_behind_several_tensors(
+    layout: list[tuple[str, tuple[int, ...]]],
+) -> None:
+    with pytest.raises(WireError, match="more than 512 MiB"):
+        rpc.train_request_of(iter([header(*layout)]))
+
+
+def test_a_message_above_the_limit_is_not_sent_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "LARGEST_TRANSFER", 1 << 20)
+    exact = {"a": np.zeros(1 << 18, np.float32)}
+    assert list(rpc.train_request_frames(replace(REQUEST, adapter=exact)))
+    above = {**exact, "b": np.zeros(1 << 18, np.float32)}
+    for frames in (
+        rpc.train_request_frames(replace(REQUEST, adapter=above)),
+        rpc.train_reply_frames(replace(RELEASE, update=above)),
+    ):
+        with pytest.raises(WireError, match=r"2 MiB exceeds the limit of 1 MiB for one message; lower lora\.r"):
+            next(iter(frames))
