@@ -19,15 +19,14 @@ from torch import nn
 from common.adapter import AdapterSpec, AdapterState, kaiming_rows, orthonormal_rows
 from common.algorithms import LOCAL_RULES
 from common.config import LoraSection, PhaseSection
-from common.errors import ModelError, did_you_mean
+from common.errors import ModelError
 from common.messages import Tensors
 from common.model import BaseModel, can_checkpoint, checkpointed, layer_stack, pool, top_of
+from common.targets import stored_transposed, target_modules
 from common.tasks.base import Task
 
 Group = Literal["head", "A", "B"]
 """What a tensor is: the task's head, or the A (down) or B (up) matrix of a LoRA pair."""
-
-ATTENTION_DEFAULTS = (("query", "value"), ("q_proj", "v_proj"), ("c_attn",), ("q_lin", "v_lin"), ("q", "v"))
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class AdaptedModel:
         self.base, self.task, self.lora = base, task, lora
         self.network = base.network
         self._encoder = base.encoder
-        self._targets = self._target_modules()
+        self._targets = target_modules(self._encoder, lora)
         self.depth = len(layer_stack(self._encoder) or ())
         self.first_adapted = self._first_adapted()
         self._heads = self._head_names()
@@ -67,27 +66,11 @@ class AdaptedModel:
 
     # ---- layout -----------------------------------------------------------------------------------------------
 
-    def _target_modules(self) -> tuple[str, ...]:
-        linears = {
-            name.rsplit(".", 1)[-1]
-            for name, module in self._encoder.named_modules()
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        }
-        if self.lora.target_modules:
-            for wanted in self.lora.target_modules:
-                if wanted not in linears:
-                    raise ModelError(
-                        f"lora.target_modules: the model has no linear module '{wanted}'{did_you_mean(wanted, linears)}"
-                    )
-            return self.lora.target_modules
-        for names in ATTENTION_DEFAULTS:
-            if set(names) <= linears:
-                return names
-        raise ModelError(f"lora.target_modules: no default for this model; name some of {', '.join(sorted(linears))}")
-
     def _first_adapted(self) -> int:
-        if self.lora.layers is None or not self.depth:
+        if self.lora.layers is None:
             return 0
+        if not self.depth:
+            raise ModelError("lora.layers: this model has no plain stack of layers to choose from; leave it empty")
         if self.lora.layers > self.depth:
             raise ModelError(f"lora.layers = {self.lora.layers}: the model has only {self.depth} layers")
         return self.depth - self.lora.layers
@@ -118,6 +101,7 @@ class AdaptedModel:
             lora_dropout=self.lora.dropout,
             use_rslora=self.lora.use_rslora,
             target_modules=list(self._targets),
+            fan_in_fan_out=stored_transposed(self._encoder, self._targets),
             layers_to_transform=None if everywhere else list(range(self.first_adapted, self.depth)),
             modules_to_save=list(self._heads) or None,
             bias="none",
@@ -259,16 +243,22 @@ class AdaptedModel:
         Training only the head cuts after pooling while every B of the adapter is still zero (the adapter then adds
         exactly nothing); else the cut lies before the first adapted layer.
         """
-        if self.base.pooling == "model" and self.task.selects_pooling:
-            return INPUT
         only_head = all(self.group_of(name) == "head" for name in names)
-        if only_head and self._heads and not any(np.any(state[n]) for n in self.spec.names if self.group_of(n) == "B"):
+        if only_head and self._pools and not any(np.any(state[n]) for n in self.spec.names if self.group_of(n) == "B"):
             return Cut(None)
         return self.layer_cut
 
     @property
+    def _pools(self) -> bool:
+        """Whether token states are pooled here; else the stock class does what it does."""
+        return self.task.selects_pooling and self.base.pooling != "model"
+
+    @property
     def layer_cut(self) -> Cut:
-        """The cut before the first adapted layer; ``INPUT`` where nothing lies below it, or the family is unknown."""
+        """The cut before the first adapted layer; ``INPUT`` where nothing lies below it, the family is unknown, or the
+        stock head pools in its own way."""
+        if self.task.selects_pooling and not self._pools:
+            return INPUT
         return Cut(self.first_adapted) if self.first_adapted and self._top(self.first_adapted) is not None else INPUT
 
     def features(self, hidden: torch.Tensor, mask: torch.Tensor, cut: Cut) -> torch.Tensor:

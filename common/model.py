@@ -207,7 +207,7 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
 
 def layer_stack(encoder: nn.Module) -> nn.ModuleList | None:
     """The list of transformer layers, in the few places where the families keep it; ``None`` if it is elsewhere."""
-    for path in ("encoder.layer", "layers", "h", "encoder.layers", "decoder.layers"):
+    for path in ("encoder.layer", "layers", "h", "encoder.layers", "decoder.layers", "transformer.layer"):
         here: Any = encoder
         for part in path.split("."):
             here = getattr(here, part, None)

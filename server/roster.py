@@ -95,8 +95,8 @@ class Roster:
         self.folder.store_waiting("")
 
     def _show_waiting(self, minimum: int) -> None:
-        """For whoever follows the folder: what the run waits for, once a node has said why it does not take part."""
-        if self.absent and len(self.participants) < minimum:
+        """For whoever follows the folder: what the run waits for, once every node that is online has answered."""
+        if self.absent and len(self.participants) < minimum and set(self._nodes) <= self._heard:
             self.folder.store_waiting(f"{len(self.participants)} of {minimum} sites are ready; {reasons(self.absent)}")
 
     def refresh(self, every: float = LOOK_SECONDS) -> None:

@@ -186,7 +186,8 @@ class Federation:
         with (self.data / "train.csv").open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
         for site in self.deployment.sites:
-            self.agents[site.name] = self.agent(site.name, [row for row in rows if row["hospital"] == site.name])
+            own = [row for row in rows if row["hospital"] == site.name]
+            self.agents[site.name] = self.agent(site.name, rows=own)
         try:
             with ThreadPoolExecutor(1 + len(self.agents)) as pool:
                 started = [pool.submit(agent.start) for agent in self.agents.values()]
@@ -212,21 +213,21 @@ class Federation:
 
     def agent(
         self,
-        site: str,
+        at: str,
         rows: Sequence[Mapping[str, str]] | None = None,
         folder: str = "",
         **sections: Mapping[str, Any],
     ) -> SiteAgent:
-        """An agent for a site's address, not started.
+        """An agent for the address of site ``at``, not started.
 
         Args:
             rows: its training data; those of the site's own agent, unless given.
             folder: the name of its folder; the site's, unless given.
             sections: settings put over the usual ones, by section of ``site.toml``.
         """
-        tables = site_tables(site, self.deployment.site(site).agent, self.model, **sections)
-        home = self.deployment.folder / "agents" / (folder or site)
-        return SiteAgent(site, home, tables, self.agents[site].rows if rows is None else rows)
+        tables = site_tables(at, self.deployment.site(at).agent, self.model, **sections)
+        home = self.deployment.folder / "agents" / (folder or at)
+        return SiteAgent(at, home, tables, self.agents[at].rows if rows is None else rows)
 
     @contextlib.contextmanager
     def replaced(self, site: str, other: SiteAgent | None) -> Iterator[None]:

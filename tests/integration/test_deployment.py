@@ -8,6 +8,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, nullcontext
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from agents import BASE_MODEL_LOADED, ENVIRONMENT, PROGRAM, Federation
+from agents import BASE_MODEL_LOADED, ENVIRONMENT, PROGRAM, Federation, SiteAgent, site_tables
 from credentials import write_certificates
 from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -28,7 +29,9 @@ from safetensors.numpy import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification
 
+import consilium
 from common.config import RunConfig, validate
+from server.lock import RunLock
 from server.rounds import Silent
 from simulations.simulate import simulate
 
@@ -336,24 +339,36 @@ def test_a_finished_run_is_shown_again_by_resume(finished: Finished) -> None:
 # ---- sites ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_site_that_is_approved_during_the_run_joins_it(federation: Federation, tmp_path: Path) -> None:
+def test_a_site_that_is_approved_during_the_run_joins_it_and_an_interrupted_run_is_stopped(
+    federation: Federation, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    server = {"min_sites": 2, "min_replies": 2}
-    tables = _tables(federation, server=server, phase=[{**HEAD, "rounds": 5}])
+    tables = _tables(federation, server={"min_sites": 2, "min_replies": 2}, phase=[{**HEAD, "rounds": 50}])
     manual = federation.agent("south", folder="south-manual", policy={"approval": "manual"})
     with federation.replaced("south", manual), Command(tmp_path, "--out", "out", tables=tables) as command:
         command.wait_for((out / "rounds" / "1" / "cohort.json").exists)
         (plan,) = json.loads(manual.run("pending", "--json"))
         assert "approved" in manual.run("approve", plan["digest"][:12])
+        command.wait_for(lambda: "south" in (_history(out)[1:] or [{"cohort": ()}])[-1]["cohort"])
+        command.process.send_signal(signal.SIGINT)
         code, _, stderr = command.end()
+        assert _gone(lambda: RunLock(out).holder())
         charged = manual.charges()
-    assert code == 0, stderr
+    assert code == 130 and stderr == "interrupted; what was finished is kept, continue with --resume\n"
     rounds = _history(out)[1:]
-    assert rounds[0]["cohort"] == ["north", "west"] and rounds[-1]["cohort"] == ["north", "south", "west"]
+    assert rounds[0]["cohort"] == ["north", "west"]
     joined = [record["round"] for record in rounds if "south" in record["cohort"]]
-    summary = json.loads((out / "summary.json").read_text())
-    assert charged == {summary["run_id"]: joined}
-    assert summary["sites"]["south"]["rounds_admitted"] == len(joined) and summary["absent"] == {}
+    assert all("south" in record["admitted"] for record in rounds if record["round"] in joined)
+    assert joined == list(range(joined[0], len(rounds) + 1))
+    assert charged[plan["run"]][: len(joined)] == joined
+
+
+def _gone(holder: Callable[[], int | None]) -> bool:
+    """Whether the coordinator lets go of its folder soon after it was stopped."""
+    deadline = time.monotonic() + 30.0
+    while holder() is not None and time.monotonic() < deadline:
+        time.sleep(LOOK)
+    return holder() is None
 
 
 def test_a_run_without_enough_sites_says_which_are_missing_and_why(federation: Federation, tmp_path: Path) -> None:
@@ -399,6 +414,25 @@ def test_what_only_the_coordinator_can_find_wrong_leaves_no_folder(federation: F
     tables = _tables(federation, lora={"layers": 99})
     code, message = _refused(tmp_path, "--out", "out", tables=tables)
     assert code == 2 and "lora.layers = 99" in message and not (tmp_path / "out").exists()
+
+
+def test_an_agent_with_somebody_elses_key_does_not_start(
+    federation: Federation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("own", "other"):
+        (tmp_path / name).mkdir()
+        write_certificates(tmp_path / name)
+    tls = {"certificate": "own/server.pem", "key": "other/server.key", "authority": "own/ca.pem"}
+    agent = SiteAgent("north", tmp_path, site_tables("north", "127.0.0.1:0", federation.model, tls=tls), _ROWS)
+    monkeypatch.setattr(sys, "argv", ["consilium", "site", "agent", "--config", str(agent.config)])
+    with pytest.raises(SystemExit) as ended:
+        consilium.main()
+    output = capsys.readouterr()
+    assert ended.value.code == 2 and output.out == ""
+    assert output.err.startswith("error: tls.key = ") and len(output.err.splitlines()) == 1
+
+
+_ROWS = [{"text": "mild cough", "label": "routine", "hospital": "north"}]
 
 
 # ---- afterwards -----------------------------------------------------------------------------------------------------

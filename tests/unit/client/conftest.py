@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 # The test folders are no packages; last, so that nothing is hidden by a module beside this file.
-sys.path.append(str(Path(__file__).parents[2] / "privacy"))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "privacy")]
 
 from small_sites import classifier
 

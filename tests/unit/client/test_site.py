@@ -240,9 +240,8 @@ def test_a_round_releases_exactly_the_tensors_it_trains(model: AdaptedModel, tmp
     phases = [
         phase("head", rounds=1, train=("head",)),
         phase("lora", rounds=1, train=("lora",)),
-        phase("both matrices", rounds=1, train=("head", "lora"), algorithm="fedit", layers=1),
+        phase("both", rounds=1, train=("head", "lora"), algorithm="fedit", layers=1),
     ]
-    phases[2] = phases[2].model_copy(update={"name": "both"})
     plan = plan_for(model, phases)
     site = site_for(tmp_path, model, encoded(model, 12))
     site.describe(shown(plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
 from transformers import (
+    AlbertConfig,
+    AlbertModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -20,6 +23,10 @@ from transformers import (
     BertModel,
     DistilBertConfig,
     DistilBertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     PreTrainedModel,
@@ -506,12 +513,73 @@ def test_a_head_of_several_modules_takes_only_the_stock_pooling(
     assert logits_of(model).shape == (3, 3)
 
 
-def test_an_unknown_family_without_linear_defaults_asks_for_target_modules(
-    tiny_bert: Path, tmp_path: Path, adapted_model: Load, monkeypatch: pytest.MonkeyPatch
+FAMILIES: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
+    "gpt2": (
+        lambda: GPT2LMHeadModel(
+            GPT2Config(vocab_size=300, n_embd=32, n_layer=3, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
+        ),
+        "c_attn",
+    ),
+    "gpt-neox": (
+        lambda: GPTNeoXForCausalLM(
+            GPTNeoXConfig(
+                vocab_size=300,
+                hidden_size=32,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                intermediate_size=64,
+                max_position_embeddings=256,
+            )
+        ),
+        "query_key_value",
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families_have_defaults_and_compute_what_their_stock_classes_compute(
+    family: str, tiny_llama: Path, tmp_path: Path, adapted_model: Load, random_adapter: Draw
 ) -> None:
-    monkeypatch.setattr("common.adapted.ATTENTION_DEFAULTS", (("nowhere",),))
+    make, target = FAMILIES[family]
+    torch.manual_seed(0)
+    make().save_pretrained(tmp_path)
+    for file in tiny_llama.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    model = adapted_model(tmp_path, lora={"layers": 2}, **CAUSAL)
+    assert {name.split(".")[-3] for name in model.spec.names} == {target}
+    state = random_adapter(model)
+    model.load(state)
+    torch.testing.assert_close(logits_of(model, model.layer_cut), logits_of(model), atol=1e-5, rtol=1e-5)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(stock, str(saved(model, state, tmp_path / "adapter"))).eval()
+    ids, mask = encoded(model)
+    with torch.no_grad():
+        expected = loaded(input_ids=ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits_of(model), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_without_defaults_is_answered_with_its_linear_modules(
+    tiny_bert: Path, adapted_model: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.targets.ATTENTION_DEFAULTS", (("nowhere",),))
     with pytest.raises(ModelError, match=r"lora\.target_modules: no default for this model; name some of dense, key"):
         adapted_model(tiny_bert)
+
+
+def test_top_layers_cannot_be_chosen_where_all_layers_are_one(
+    tiny_bert: Path, tmp_path: Path, adapted_model: Load
+) -> None:
+    shape = {"vocab_size": 246, "hidden_size": 32, "embedding_size": 16, "num_attention_heads": 4}
+    AlbertModel(AlbertConfig(**shape, intermediate_size=64, num_hidden_layers=3)).save_pretrained(tmp_path)
+    for file in tiny_bert.glob("tokenizer*"):
+        shutil.copy(file, tmp_path)
+    with pytest.raises(ModelError, match=r"lora\.layers: this model has no plain stack of layers to choose from"):
+        adapted_model(tmp_path, lora={"layers": 2})
+    assert adapted_model(tmp_path).layer_cut == INPUT
+
+
+def test_the_stock_pooling_is_never_cut(tiny_bert: Path, adapted_model: Load) -> None:
+    assert adapted_model(tiny_bert, lora={"layers": 2}, pooling="model").layer_cut == INPUT
 
 
 def test_a_shallow_bert_has_no_prefix_when_all_layers_are_adapted(
