@@ -22,7 +22,9 @@ from environment import RESULTS
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PLAN = "privacy plan --examples 1200 --batch 60 --rounds 10 --steps 4 --epsilon 3"
-MISTYPED = '[task]\nname = "sequence-classification"\nlabels = ["urgent", "routine"]\n[privacy]\nepsilom = 3\nunit = "row"\n'
+MISTYPED = (
+    '[task]\nname = "sequence-classification"\nlabels = ["urgent", "routine"]\n[privacy]\nepsilom = 3\nunit = "row"\n'
+)
 
 
 def output(*arguments: str, cwd: Path | None = None) -> str:
@@ -48,8 +50,10 @@ def measured() -> str:
     if (RESULTS / "medquad.md").exists():
         text = (RESULTS / "medquad.md").read_text(encoding="utf-8")
         parts.append(
-            "Default recipe on medquad_qtype, nine natural sites, test split, mean ± spread over seeds "
-            "(`benchmarks/medquad.py`; settings were chosen on validation data, and that choice is not charged to ε):\n\n"
+            "Default recipe on medquad_qtype, nine natural sites, test split, mean ± spread "
+            "over seeds "
+            "(`benchmarks/medquad.py`; settings were chosen on validation data, "
+            "and that choice is not charged to ε):\n\n"
             + text.partition("\n\n")[0]
         )
     if (RESULTS / "simulation.json").exists():

@@ -4,8 +4,8 @@
 
 The bare loop runs the same physical batches through the same model with nothing around it: torch alone without privacy,
 torch and Opacus's hooks and optimiser with DP. It is timed right after each round of the real thing (same process,
-interleaved), and the ratio is taken round by round. Memory is the peak resident size of a process of its own for 10, 100
-and 1000 sites that share the same 3,000 rows.
+interleaved), and the ratio is taken round by round. Memory is the peak resident size of a process of its own for 10,
+100 and 1000 sites that share the same 3,000 rows.
 """
 
 from __future__ import annotations

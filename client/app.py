@@ -54,7 +54,8 @@ def train(message: Message, context: Context) -> Message:
 def _through_agent(relay: Relay, message: Message, context: Context) -> Message:
     """One call to the agent. Flower would send the text of an exception to the coordinator, so none may leave here."""
     try:
-        with RemoteSite(_address(context.node_config)) as site:
+        patience = float(context.node_config.get(wire.NODE_AGENT_TIMEOUT, 10.0))
+        with RemoteSite(_address(context.node_config), patience) as site:
             content = relay(message.content, site)
     except ConsiliumError as error:
         log.error("no answer from the site agent: %s", error)

@@ -115,14 +115,10 @@ def approve_command(
     config: Config = Path("site.toml"),
 ) -> None:
     """Approve a plan: reserves its whole epsilon now, or refuses it if the lifetime budget does not carry it."""
-    from client.audit_log import AuditLog
-
     with _ledger(config) as ledger:
         full = _one_plan(ledger, digest)
         decision = ledger.approve(full)
-        AuditLog(_settings(config).site.state / "audit.jsonl").append(
-            "plan decided", plan=full, decision=decision, by="person"
-        )
+    _record_decision(config, full, decision)
     print(f"plan {full[:12]}: {decision}")
 
 
@@ -135,7 +131,15 @@ def reject_command(
     with _ledger(config) as ledger:
         full = _one_plan(ledger, digest)
         ledger.reject(full)
+    _record_decision(config, full, "refused")
     print(f"plan {full[:12]}: refused")
+
+
+def _record_decision(config: Path, digest: str, decision: str) -> None:
+    from client.audit_log import AuditLog
+
+    audit = AuditLog(_settings(config).site.state / "audit.jsonl")
+    audit.append("plan decided", plan=digest, decision=decision, by="person")
 
 
 @app.command("ledger")

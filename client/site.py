@@ -85,6 +85,7 @@ class Site:
 
     def _consider(self, request: DescribeRequest) -> PlanEntry | RefusalReason:
         if request.code_digest != self.code_digest:
+            log.warning("the relay was shipped with other code than this agent runs; install the coordinator's version")
             return RefusalReason.CODE_MISMATCH
         try:
             plan = read_plan(request.plan)

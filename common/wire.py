@@ -41,6 +41,8 @@ NODE_AGENT = "agent"
 """Key of the SuperNode's ``--node-config`` that holds the agent's address."""
 NODE_CERTIFICATES = ("agent-authority", "agent-certificate", "agent-key")
 """Keys of ``--node-config`` for an agent behind mTLS."""
+NODE_AGENT_TIMEOUT = "agent-timeout"
+"""Key of ``--node-config``: seconds the relay waits for the agent to accept its connection; 10 unless given."""
 UNAVAILABLE = "unavailable"
 """The whole content of a reply to any message when the relay has no answer from its agent."""
 RUN_CONFIG = "config"

@@ -27,7 +27,7 @@ from common.config import RunConfig
 from common.data.load import encode_all, load_rows
 from common.data.read import Rows
 from common.data.split import by_column, count, dealt
-from common.errors import ConfigError, OutputError, PrivacyError
+from common.errors import ConfigError, DataError, OutputError, PrivacyError
 from common.examples import Examples
 from common.messages import SiteService
 from common.plan import Plan
@@ -88,7 +88,7 @@ class Federation:
 
     def _partition(self, rows: Rows, values: list[object]) -> dict[str, list[int]]:
         if self.config.data.site_column is not None:
-            return {_site_name(site): indices for site, indices in by_column(values).items()}
+            return _named(by_column(values))
         if self.config.data.sites is None:
             raise ConfigError("data.site_column or data.sites: one is needed, to say which rows belong to which site")
         return dealt(count(rows), self.config.data.sites, self.config.run.seed)
@@ -108,8 +108,8 @@ class Federation:
         for phase, rate in zip(plan.phases, sample_rates(plan, size), strict=True):
             if not 1 / size <= rate <= 1:
                 raise PrivacyError(
-                    f"phase.{phase.name}: an expected batch of {rate * size:g} examples does not fit site '{site}' with "
-                    f"{size}; lower batch_size, use sample_rate, or drop the site"
+                    f"phase.{phase.name}: an expected batch of {rate * size:g} examples does not fit site '{site}' "
+                    f"with {size}; lower batch_size, use sample_rate, or drop the site"
                 )
         state_privacy(plan, size)
 
@@ -257,6 +257,21 @@ def _test(federation: Federation, adapter: AdapterState) -> dict[str, Any]:
     if TEST not in federation.evaluator.splits:
         return {}
     return {"test": federation.evaluator.evaluate(adapter, TEST)}
+
+
+def _named(parts: Mapping[str, list[int]]) -> dict[str, list[int]]:
+    """The parts under names that may stand in paths.
+
+    Raises:
+        DataError: two sites would get the same name.
+    """
+    named: dict[str, list[int]] = {}
+    for value, indices in parts.items():
+        name = _site_name(value)
+        if name in named:
+            raise DataError(f"data.site_column: two sites would both be called '{name}' ('{value}' is one); rename one")
+        named[name] = indices
+    return named
 
 
 def _site_name(value: str) -> str:

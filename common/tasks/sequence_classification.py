@@ -40,11 +40,17 @@ class SequenceClassification:
         return network
 
     def label_id(self, value: Any) -> int | None:
-        """The id of a label given by name or by integer id; ``None`` if it is not in the declared set."""
+        """The id of a label given by name or by integer id; ``None`` if it is not in the declared set.
+
+        A whole float counts as an integer: one missing value turns a file's column of integers into floats, and must
+        not decide how all the other rows are read.
+        """
         if isinstance(value, str):
             if value in self._ids:
                 return self._ids[value]
-            value = int(value) if value.isdecimal() else None
+            value = int(value) if value.isdecimal() and len(value) < 10 else None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
         if isinstance(value, int | np.integer) and not isinstance(value, bool) and 0 <= value < len(self._ids):
             return int(value)
         return None

@@ -284,11 +284,16 @@ def classification(**settings: Any) -> Any:
         ("Urgent", None),
         ("", None),
         (None, None),
-        (1.0, None),
+        (1.0, 1),  # what a column of integers becomes by one missing value
+        (3.0, None),
+        (0.5, None),
+        (float("nan"), None),
+        (float("inf"), None),
+        ("9" * 5000, None),
         (True, None),
         ("²", None),
     ],
-    ids=repr,
+    ids=lambda value: repr(value)[:20],
 )
 def test_a_label_is_given_by_name_or_by_integer_or_by_integer_as_text(given: Any, expected: int | None) -> None:
     assert classification().label_id(given) == expected

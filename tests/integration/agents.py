@@ -18,6 +18,9 @@ from typing import Any, Self
 import tomli_w
 from deployment import Deployment
 
+from client.agent import Agent
+from client.assemble import build_site
+from client.config import read_site_config
 from client.privacy.ledger import Ledger
 
 PROGRAM = Path(sys.executable).with_name("consilium")
@@ -230,17 +233,30 @@ class Federation:
         return SiteAgent(at, home, tables, self.agents[at].rows if rows is None else rows)
 
     @contextlib.contextmanager
-    def replaced(self, site: str, other: SiteAgent | None) -> Iterator[None]:
-        """While this lasts, another agent (or none) serves at the site's address."""
-        self.agents[site].kill()
+    def nobody_at(self, site: str) -> Iterator[None]:
+        """While this lasts, a site's address is free; its agent runs on and is found there again afterwards."""
+        path = self.deployment.site(site).socket_path
+        aside = path.with_suffix(".aside")
+        path.rename(aside)
         try:
-            if other is not None:
-                other.start()
             yield
         finally:
-            if other is not None:
-                other.kill()
-            self.agents[site].start()
+            path.unlink(missing_ok=True)
+            aside.rename(path)
+
+    @contextlib.contextmanager
+    def in_this_process(self, agent: SiteAgent) -> Iterator[None]:
+        """While this lasts, another agent than the site's own serves at its address, without the wait for a start."""
+        settings = read_site_config(agent.config)
+        site, _ = build_site(settings)
+        with self.nobody_at(agent.name):
+            served = Agent(site, settings.site.listen)
+            served.start()
+            try:
+                yield
+            finally:
+                served.stop(grace=0.0)
+                site.ledger.close()
 
     def logs(self) -> str:
         """The logs of all agents."""

@@ -16,8 +16,8 @@ sys.path.append(str(Path(__file__).parent))
 from agents import Federation
 from deployment import Deployment
 
-SITES = ("north", "south", "west")
-"""The sites of ``triage_data``."""
+SITES = {site: {"agent-timeout": 2.0} for site in ("north", "south", "west")}
+"""The sites of ``triage_data``; their relays do not wait long for an agent that is not there."""
 
 _live: list[Deployment] = []
 _live_federations: list[Federation] = []

@@ -345,7 +345,7 @@ def test_a_site_that_is_approved_during_the_run_joins_it_and_an_interrupted_run_
     out = tmp_path / "out"
     tables = _tables(federation, server={"min_sites": 2, "min_replies": 2}, phase=[{**HEAD, "rounds": 50}])
     manual = federation.agent("south", folder="south-manual", policy={"approval": "manual"})
-    with federation.replaced("south", manual), Command(tmp_path, "--out", "out", tables=tables) as command:
+    with federation.in_this_process(manual), Command(tmp_path, "--out", "out", tables=tables) as command:
         command.wait_for((out / "rounds" / "1" / "cohort.json").exists)
         (plan,) = json.loads(manual.run("pending", "--json"))
         assert "approved" in manual.run("approve", plan["digest"][:12])
@@ -373,14 +373,15 @@ def _gone(holder: Callable[[], int | None]) -> bool:
 
 def test_a_run_without_enough_sites_says_which_are_missing_and_why(federation: Federation, tmp_path: Path) -> None:
     """South's agent is down; at west's address somebody speaks for north."""
+    out = tmp_path / "out"
     impostor = federation.agent("west", folder="impostor", site={"name": "north"})
-    tables = _tables(federation, server={"round_timeout": 16.0})
-    with federation.replaced("south", None), federation.replaced("west", impostor):
+    tables = _tables(federation, server={"round_timeout": 20.0})
+    with federation.nobody_at("south"), federation.in_this_process(impostor):
         code, message = _refused(tmp_path, "--out", "out", tables=tables)
     assert code == 3
     assert "min_sites = 3: only 1 sites are ready (south: node-error, west: wrong-site)" in message
     assert "--resume" in message
-    assert not (tmp_path / "out" / "adapter").exists() and impostor.charges() == {}
+    assert _latest(out) == 0 and not (out / "rounds").exists() and not (out / "adapter").exists()
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
@@ -439,6 +440,6 @@ _ROWS = [{"text": "mild cough", "label": "routine", "hospital": "north"}]
 
 
 def test_each_agent_loaded_its_base_model_once_for_all_runs(finished: Finished, federation: Federation) -> None:
-    agent = federation.agents["north"]  # the one that no test has replaced
-    assert finished.summary()["run_id"] in agent.charges()
-    assert agent.log().count(BASE_MODEL_LOADED) == 1
+    for agent in federation.agents.values():
+        assert finished.summary()["run_id"] in agent.charges()
+        assert agent.log().count(BASE_MODEL_LOADED) == 1

@@ -98,7 +98,10 @@ def test_a_run_leaves_behind_everything_that_is_promised(command: Command, run_t
         assert 7.9 < privacy["epsilon"] <= 8.0
         assert (privacy["delta"], privacy["unit"], privacy["accountant"]) == (1e-5, "example", "prv")
         assert privacy["steps"] == 3 + 2 * 2
-        assert [(p["name"], p["sample_rate"], p["steps"]) for p in privacy["phases"]] == [("head", 1, 3), ("lora", 0.5, 4)]
+        assert [(p["name"], p["sample_rate"], p["steps"]) for p in privacy["phases"]] == [
+            ("head", 1, 3),
+            ("lora", 0.5, 4),
+        ]
     manifest = json.loads((out / "manifest.json").read_text())
     assert set(manifest["evaluation_data_digests"]) == {"validation", "test"}
     assert len(manifest["code_digest"]) == len(manifest["model_digest"]) == 64
@@ -183,14 +186,14 @@ def test_early_stopping_ends_a_phase_and_not_the_run(command: Command, run_toml:
     assert phases.count("head") == 1 and records[2]["round"] == 4 and phases[2] == "lora"
 
 
-def test_a_causal_language_model_is_tuned_and_answers(
-    command: Command, tmp_path: Path, tiny_llama: Path
-) -> None:
+def test_a_causal_language_model_is_tuned_and_answers(command: Command, tmp_path: Path, tiny_llama: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     for split, count in (("train", 30), ("validation", 6), ("test", 6)):
-        rows = [{"q": f"what is {word} ?", "a": "it is not good", "where": "ab"[i % 2]} for i, word in
-                enumerate(["pain", "fever", "rash"] * (count // 3))]
+        rows = [
+            {"q": f"what is {word} ?", "a": "it is not good", "where": "ab"[i % 2]}
+            for i, word in enumerate(["pain", "fever", "rash"] * (count // 3))
+        ]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = tmp_path / "run.toml"
     config.write_text(
@@ -271,3 +274,13 @@ def test_a_finished_run_resumes_to_itself_and_changed_settings_are_refused(
     (out / "run.toml").write_text(settings.replace("epsilon = 8.0", "epsilon = 7.0"))
     code, _, stderr = command("simulate", "--resume", out)
     assert code == 2 and "other settings" in stderr
+
+
+def test_two_sites_that_would_share_a_name_are_refused(command: Command, run_toml: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation"):
+        rows = "".join(f"mild cough {n},urgent,{'A/B' if n % 2 else 'A-B'}\n" for n in range(8))
+        (data / f"{split}.csv").write_text(f"text,label,hospital\n{rows}", encoding="utf-8")
+    code, _, stderr = command("simulate", "--config", run_toml, "--set", f"data.path={data}", "--out", tmp_path / "out")
+    assert code == 2 and "A-B" in stderr and not (tmp_path / "out").exists()

@@ -58,12 +58,18 @@ def write_sample(folder: Path, columns: dict[str, list[str]], rows: int) -> None
             writer = csv.writer(stream)
             writer.writerow(columns)
             turns = zip(*(itertools.cycle(values) for values in columns.values()), strict=True)
-            writer.writerows([f"{value} {n}" if value.startswith("*") else value for value in row]
-                             for n, row in enumerate(itertools.islice(turns, rows)))
+            writer.writerows(
+                [f"{value} {n}" if value.startswith("*") else value for value in row]
+                for n, row in enumerate(itertools.islice(turns, rows))
+            )
 
 
 SAMPLES = {
-    "medquad_qtype": {"text": ["*the fever came with a rash", "*rest and water"], "label_name": QTYPE, "client": ["A", "B"]},
+    "medquad_qtype": {
+        "text": ["*the fever came with a rash", "*rest and water"],
+        "label_name": QTYPE,
+        "client": ["A", "B"],
+    },
     "medquad_qa": {"question": ["*what is a rash ?"], "answer": ["*a change of the skin"], "client": ["A", "B", "C"]},
 }
 
@@ -105,7 +111,8 @@ def run_example(example: Path, data: Path, model: Path, out: Path, monkeypatch: 
         "task.max_length=32",
         "evaluation.limit=20",
         "evaluation.generate=1",
-        f'phase=[{{name="short", rounds=1, sample_rate=0.02, train={train}}}]' if "shared" in str(data)
+        f'phase=[{{name="short", rounds=1, sample_rate=0.02, train={train}}}]'
+        if "shared" in str(data)
         else f'phase=[{{name="short", rounds=1, sample_rate=0.5, train={train}}}]',
     ]
     arguments = ["consilium", "simulate", "--config", str(example), "--out", str(out)]

@@ -1,0 +1,169 @@
+"""From ``site.toml`` to a site: what is loaded once and kept, and what stops an agent from starting."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tomli_w
+from small_sites import LABELS, classifier, language_model, phase, plan_for, policy_for
+
+import client.assemble
+from client.assemble import build_site, declared_size, encode_each
+from client.config import SiteConfig, read_site_config
+from common.adapted import AdaptedModel
+from common.config import LoraSection
+from common.data.read import read_rows
+from common.errors import ConfigError, ConsiliumError, DataError
+from common.tasks.sequence_classification import SequenceClassification
+
+ROWS = [("mild cough", "routine"), ("chest pain", "urgent"), ("wound check", "review"), ("fever", "urgent")]
+
+
+def site_toml(folder: Path, model: Path, **sections: Any) -> SiteConfig:
+    with (folder / "train.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("text", "label"), *ROWS])
+    tables: dict[str, Any] = {
+        "site": {"name": "north"},
+        "models": [str(model)],
+        "data": {"default": {"path": "train.csv"}},
+        "policy": {"public_size": 40, "lifetime_epsilon": 50.0, "max_epsilon": 10.0, "approval": "automatic"},
+        "device": {"device": "cpu", "physical_batch": 4},
+    }
+    for section, settings in sections.items():
+        tables[section] = {**tables.get(section, {}), **settings}
+    (folder / "site.toml").write_text(tomli_w.dumps(tables))
+    return read_site_config(folder / "site.toml")
+
+
+def test_base_model_and_examples_are_loaded_once_for_all_rounds_and_runs(
+    tiny_bert: Path, model: AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, resident = build_site(site_toml(tmp_path, tiny_bert))
+    reads = []
+    read_rows = client.assemble.read_rows
+    monkeypatch.setattr(client.assemble, "read_rows", lambda *given: reads.append(given) or read_rows(*given))
+    plans = [plan_for(model, run_id="one"), plan_for(model, run_id="two"), plan_for(model, [phase("head")])]
+    models = {id(resident.model(plan)) for plan in plans}
+    examples = {id(resident.examples(plan, resident.model(plan))) for plan in plans}
+    assert (len(models), len(examples), resident.loads, len(reads)) == (1, 1, 1, 1)
+    assert resident.model(plans[0]).spec == model.spec
+    site.ledger.close()
+
+
+def test_a_plan_of_another_shape_replaces_the_resident_model(
+    tiny_bert: Path, model: AdaptedModel, tmp_path: Path
+) -> None:
+    site, resident = build_site(site_toml(tmp_path, tiny_bert))
+    resident.model(plan_for(model))
+    wider = plan_for(model, lora=LoraSection(r=6, layers=1))
+    assert {array[1][0] for array in resident.model(wider).spec.shapes if ".lora_A." in array[0]} == {6}
+    assert resident.loads == 2 and len(resident._models) == 1
+    site.ledger.close()
+
+
+def test_the_sites_device_settings_reach_the_model(tiny_bert: Path, model: AdaptedModel, tmp_path: Path) -> None:
+    config = site_toml(tmp_path, tiny_bert, device={"dtype": "bfloat16", "gradient_checkpointing": True})
+    site, resident = build_site(config)
+    placement = resident.model(plan_for(model)).base.placement
+    assert (placement.device.type, str(placement.dtype), placement.gradient_checkpointing) == (
+        "cpu",
+        "torch.bfloat16",
+        True,
+    )
+    assert site.resources.physical_batch == 4
+    site.ledger.close()
+
+
+def test_fixed_keys_come_from_a_testing_section_alone(tiny_bert: Path, tmp_path: Path) -> None:
+    site, _ = build_site(site_toml(tmp_path, tiny_bert))
+    assert site.fixed_seed is None and site.claims_epsilon
+    site.ledger.close()
+    site, _ = build_site(site_toml(tmp_path, tiny_bert, testing={"noise": "fast", "seed": 3}))
+    assert site.fixed_seed == 3 and not site.claims_epsilon
+    site.ledger.close()
+
+
+def test_an_allowed_model_is_known_by_the_digest_of_its_files(
+    tiny_bert: Path, tiny_llama: Path, model: AdaptedModel, tmp_path: Path
+) -> None:
+    site, _ = build_site(site_toml(tmp_path, tiny_llama))
+    assert site.policy.refusal(plan_for(model)) == policy_for(model).refusal(plan_for(model, model_digest="other"))
+    site.ledger.close()
+    site, _ = build_site(site_toml(tmp_path, tiny_bert))
+    assert site.policy.refusal(plan_for(model)) is None
+    site.ledger.close()
+
+
+@pytest.mark.parametrize(
+    "sections", [{"data": {"default": {"path": "none.csv"}}}, {"data": {"more": {"path": "none.parquet"}}}]
+)
+def test_data_that_cannot_be_read_stop_the_agent_from_starting(
+    tiny_bert: Path, tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    site, resident = build_site(site_toml(tmp_path, tiny_bert, **sections))
+    with pytest.raises(DataError, match=r"none\.(csv|parquet)"):
+        resident.warm_up()
+    site.ledger.close()
+
+
+def test_a_model_that_is_not_there_stops_the_agent_from_starting(tmp_path: Path) -> None:
+    with pytest.raises(ConsiliumError, match="no such folder"):
+        build_site(site_toml(tmp_path, tmp_path / "nowhere"))
+
+
+def test_an_exact_size_is_the_number_of_rows_of_the_one_data_set(tiny_bert: Path, tmp_path: Path) -> None:
+    exact = {"policy": {"public_size": "exact"}}
+    assert declared_size(site_toml(tmp_path, tiny_bert, **exact)) == 4
+    two = site_toml(tmp_path, tiny_bert, **exact, data={"more": {"path": "train.csv"}})
+    with pytest.raises(ConfigError, match=r"needs exactly one \[data\.NAME\]"):
+        declared_size(two)
+    assert declared_size(site_toml(tmp_path, tiny_bert)) == 40
+
+
+def test_a_row_that_the_task_cannot_encode_leaves_the_others_as_they_are(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = classifier(tiny_bert)
+    rows = {"text": ["mild cough", "pain", "fever"], "label": ["routine", "odd", "urgent"]}
+    expected = encode_each(rows, model)
+    assert expected[1] is None
+    label_id = SequenceClassification.label_id
+
+    def touchy(self: SequenceClassification, value: Any) -> int | None:
+        if value == "odd":
+            raise OverflowError("an odd label")
+        return label_id(self, value)
+
+    monkeypatch.setattr(SequenceClassification, "label_id", touchy)
+    found = encode_each(rows, model)
+    assert found[1] is None
+    for index, label in ((0, "routine"), (2, "urgent")):
+        item, same = found[index], expected[index]
+        assert item is not None and same is not None
+        assert item.ids.tolist() == same.ids.tolist() and int(item.target) == LABELS.index(label)
+
+
+def test_a_text_that_no_tokenizer_takes_leaves_the_others_as_they_are(tiny_llama: Path) -> None:
+    model = language_model(tiny_llama)
+    rows = {"prompt": ["what ?", "half a \ud800 character", "why ?"], "completion": ["this .", "that .", "so ."]}
+    found = encode_each(rows, model)
+    assert [item is None for item in found] == [False, True, False]
+
+
+@pytest.mark.parametrize("missing", [None, 1.5], ids=["missing", "no integer"])
+def test_one_odd_label_does_not_change_how_a_file_of_integers_is_read(
+    tiny_bert: Path, tmp_path: Path, missing: float | None
+) -> None:
+    model = classifier(tiny_bert)
+    found = []
+    for name, last in (("even", 2), ("odd", missing)):
+        table = pa.table({"text": ["cough", "pain", "fever"], "label": [0, 1, last]})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        rows = read_rows(str(tmp_path / f"{name}.parquet"), "train", ["text", "label"], {})
+        found.append([item and int(item.target) for item in encode_each(rows, model)])
+    assert found == [[0, 1, 2], [0, 1, None]]
