@@ -15,7 +15,7 @@ from common.config import RunConfig
 from common.errors import ConnectionFailed, ConsiliumError, OutputError, RunFailed
 from server.checkpoint import RunFolder
 from server.lock import RunLock
-from server.settings import Submission, absolute, read_run
+from server.settings import Submission, absolute, read_run, resolved_toml
 from server.submission import SuperLinkAddress, run_status, stop, submit
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def run_deployment(config: RunConfig, out: Path, resume: bool, progress: Progres
         run_id = _resumable(folder)
         if (out / "summary.json").is_file():
             return _summary(out, 0, progress)
-        if flower_run is not None and config != read_run(out):
+        if flower_run is not None and resolved_toml(config) != resolved_toml(read_run(out)):
             raise OutputError(
                 f"--resume {out}: the run is still going (Flower run {flower_run}) and takes no other settings; leave "
                 "out --set, or stop it first ('flwr stop')"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,15 @@ def read_rows(source: str, split: str, fields: Sequence[str], columns: Mapping[s
     rows: Rows = {}
     for field in fields:
         column = columns.get(field, field)
-        if column not in table.column_names:
+        if column not in table.names:
             raise DataError(
                 f"data.columns.{field} = '{column}': {where} has no such column"
-                f"{did_you_mean(column, table.column_names)}; columns: {', '.join(table.column_names)}"
+                f"{did_you_mean(column, table.names)}; columns: {', '.join(table.names)}"
             )
-        if table.column_names.count(column) > 1:
+        if table.names.count(column) > 1:
             raise DataError(f"data.columns.{field} = '{column}': {where} has several columns of that name; rename them")
-        rows[field] = table.column(column).to_pylist()
-    if table.num_rows == 0:
+        rows[field] = table.values(column)
+    if table.rows == 0:
         raise DataError(f"data: {where} has no rows; give a file with at least one example")
     return rows
 
@@ -58,7 +60,7 @@ def count_rows(source: str, split: str) -> int:
         DataError: file or split missing or unreadable.
     """
     table, _ = _table(source, split)
-    return int(table.num_rows)
+    return table.rows
 
 
 def has_split(source: str, split: str) -> bool:
@@ -71,7 +73,20 @@ def is_file(source: str) -> bool:
     return Path(source).expanduser().is_file()
 
 
-def _table(source: str, split: str) -> tuple[pa.Table, str]:
+@dataclass(frozen=True)
+class _Table:
+    """Column names, number of rows, and the values of a column."""
+
+    names: list[str]
+    rows: int
+    values: Callable[[str], list[Any]]
+
+    @classmethod
+    def of(cls, table: pa.Table) -> _Table:
+        return cls(list(table.column_names), int(table.num_rows), lambda column: table.column(column).to_pylist())
+
+
+def _table(source: str, split: str) -> tuple[_Table, str]:
     path = Path(source).expanduser()
     if path.is_file():
         return _read_file(path), str(path)
@@ -90,22 +105,40 @@ def _table(source: str, split: str) -> tuple[pa.Table, str]:
     return _from_hub(source, split), f"hub data set {source} ({split})"
 
 
-def _read_file(path: Path) -> pa.Table:
+def _read_file(path: Path) -> _Table:
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return pyarrow.parquet.read_table(path)
+            return _Table.of(pyarrow.parquet.read_table(path))
         if path.suffix == ".csv":
-            return _read_csv(path)
+            return _Table.of(_read_csv(path))
         if path.suffix in (".jsonl", ".json"):
-            import pyarrow.json
-
-            return pyarrow.json.read_json(path)
-    except (pa.ArrowException, OSError) as error:
+            return _read_json_lines(path)
+    except (pa.ArrowException, OSError, ValueError) as error:
         first = str(error).splitlines()[0]
         raise DataError(f"data: {path} cannot be read as {path.suffix[1:]}: {first}") from None
     raise DataError(f"data: {path} is of an unknown kind '{path.suffix}'; use csv, jsonl or parquet")
+
+
+def _read_json_lines(path: Path) -> _Table:
+    """Line by line: a type guessed from all rows together would let one row change how the others are read."""
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise ValueError(f"line {number} is not JSON") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            rows.append(row)
+    if not rows:
+        raise ValueError("it is empty")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return _Table(names, len(rows), lambda column: [row.get(column) for row in rows])
 
 
 def _read_csv(path: Path) -> pa.Table:
@@ -119,7 +152,7 @@ def _read_csv(path: Path) -> pa.Table:
     return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
 
 
-def _from_hub(name: str, split: str) -> pa.Table:
+def _from_hub(name: str, split: str) -> _Table:
     import datasets
 
     try:
@@ -129,5 +162,4 @@ def _from_hub(name: str, split: str) -> pa.Table:
             f"data.path = '{name}': no such file or folder, and the hub did not deliver split '{split}' "
             f"({type(error).__name__}); check the path, the id and the connection"
         ) from None
-    table: pa.Table = loaded.with_format("arrow")[:]
-    return table
+    return _Table.of(loaded.with_format("arrow")[:])

@@ -220,3 +220,9 @@ def test_the_real_data_sets_are_read_as_the_examples_name_their_columns(shared_d
         {"prompt": "question", "completion": "answer"},
     )
     assert all(isinstance(text, str) and text for text in answers["prompt"])
+
+
+def test_one_line_does_not_change_how_the_others_are_read(tmp_path: Path) -> None:
+    lines = [{"text": "2026-01-01"}, {"text": 7}, {"text": None}, {"other": "x"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert read_rows(str(tmp_path), "train", ["text"], {}) == {"text": ["2026-01-01", 7, None, None]}
