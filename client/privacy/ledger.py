@@ -142,7 +142,8 @@ class Ledger:
                 yield self._open
             except sqlite3.DatabaseError as error:
                 raise LedgerError(
-                    f"ledger {self.path}: cannot be used ({error}); do not delete it, restore the file"
+                    f"ledger {self.path}: cannot be used ({error}); do not delete it, and put no older copy in its "
+                    "place, which would forget what was spent"
                 ) from None
             finally:
                 if outermost and not self.keep_open:
@@ -190,7 +191,9 @@ class Ledger:
     # ---- plans ------------------------------------------------------------------------------------------------
 
     def declare(self, population: Population) -> None:
-        """Makes a population known. Its unit and public size are fixed from then on; its limit may only be lowered.
+        """Makes a population known. Its unit, public size and δ are fixed from then on.
+
+        A new limit holds from the next plan on; what was approved before stays approved.
 
         Raises:
             LedgerError: a fixed field differs from what was declared before.

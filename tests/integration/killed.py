@@ -13,7 +13,6 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-import opacus  # noqa: F401  # what the command would import anyway, before the fork
 import torch
 
 import consilium

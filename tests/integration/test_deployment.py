@@ -375,7 +375,7 @@ def test_a_run_without_enough_sites_says_which_are_missing_and_why(federation: F
     """South's agent is down; at west's address somebody speaks for north."""
     out = tmp_path / "out"
     impostor = federation.agent("west", folder="impostor", site={"name": "north"})
-    tables = _tables(federation, server={"round_timeout": 20.0})
+    tables = _tables(federation, server={"round_timeout": 16.0})
     with federation.nobody_at("south"), federation.in_this_process(impostor):
         code, message = _refused(tmp_path, "--out", "out", tables=tables)
     assert code == 3
@@ -409,12 +409,6 @@ def test_a_folder_that_holds_another_run_is_left_alone(finished: Finished, feder
     code, message = _refused(finished.out.parent, "--out", "out", tables=_tables(federation))
     assert code == 2 and "already holds a run" in message and "--resume out" in message
     assert (finished.out / "run.toml").read_bytes() == before
-
-
-def test_what_only_the_coordinator_can_find_wrong_leaves_no_folder(federation: Federation, tmp_path: Path) -> None:
-    tables = _tables(federation, lora={"layers": 99})
-    code, message = _refused(tmp_path, "--out", "out", tables=tables)
-    assert code == 2 and "lora.layers = 99" in message and not (tmp_path / "out").exists()
 
 
 def test_an_agent_with_somebody_elses_key_does_not_start(

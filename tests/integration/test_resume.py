@@ -20,7 +20,7 @@ from agents import ENVIRONMENT, PROGRAM
 HEAD = {"name": "head", "rounds": 1, "sample_rate": 1.0, "train": ["head"], "learning_rate": 1.0}
 LORA = {"name": "lora", "rounds": 2, "sample_rate": 0.5, "train": ["head", "lora"], "learning_rate": 0.5}
 ROUNDS = 3
-KILLS = 9
+KILLS = 8
 ONCE = {site: [(1, 1), (2, 1), (3, 1)] for site in ("north", "south", "west")}
 """Each round charged once at each site."""
 RESULT = (f"checkpoint/{ROUNDS}/state.safetensors", "adapter/adapter_model.safetensors")
@@ -148,5 +148,5 @@ def test_an_interrupted_simulation_says_so_in_one_line_and_can_be_resumed(
     assert process.returncode == 130 and stdout == ""
     assert stderr == "interrupted; what was finished is kept, continue with --resume\n"
     done = len(_histories(out))
-    again = killer.attempt("simulate", "--resume", str(out), below=out, fatal=60)
+    again = killer.attempt("simulate", "--resume", str(out), below=out, fatal=300)
     assert again["code"] == -signal.SIGKILL and len(_histories(out)) > done

@@ -414,7 +414,7 @@ def test_a_ledger_of_a_newer_version_is_refused(ledger: Ledger, tmp_path: Path) 
 
 def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "ledger.sqlite").write_bytes(b"not a database, but a long enough line of text" * 30)
-    with pytest.raises(LedgerError, match=r"cannot be used .*; do not delete it, restore the file"):
+    with pytest.raises(LedgerError, match=r"cannot be used .*; do not delete it, and put no older copy in its place"):
         Ledger(tmp_path)
     assert (tmp_path / "ledger.sqlite").read_bytes().startswith(b"not a database")
 

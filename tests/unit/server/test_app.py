@@ -1,0 +1,97 @@
+"""The ServerApp as Flower calls it, over sites in this process."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import server.app as server_app
+from common.config import RunConfig, validate
+from common.errors import ConfigError, ConsiliumError
+from server.checkpoint import RunFolder
+from server.lock import RunLock
+from server.settings import Submission
+
+FLOWER_RUN = 7
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Calls the ServerApp with a submission for ``tmp_path / "out"``, as Flower does."""
+    monkeypatch.setattr(server_app, "set_up_logging", lambda *_, **__: None)
+    config = validate(RunConfig, {"task": {"labels": ["a", "b"]}}, "test")
+
+    def run(resume: bool = False) -> None:
+        submission = Submission("run-1", str(tmp_path / "out"), resume, config.model_dump_json())
+        context: Any = SimpleNamespace(run_config={"config": submission.to_json()}, run_id=FLOWER_RUN)
+        server_app.main(SimpleNamespace(), context)
+
+    yield run
+
+
+def _report(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "error.json").read_text()))
+
+
+def test_a_named_error_is_reported_in_the_folder_with_its_exit_code(
+    call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*_: object) -> None:
+        raise ConfigError("lora.layers = 99: the model has only 4 layers")
+
+    monkeypatch.setattr(server_app, "prepare", wrong)
+    with pytest.raises(ConsiliumError):
+        call()
+    assert _report(tmp_path / "out") == {"message": "lora.layers = 99: the model has only 4 layers", "exit_code": 2}
+    assert RunLock(tmp_path / "out").holder() is None
+    RunFolder(tmp_path / "out").refuse_other_run()  # nothing there keeps a run from being started
+
+
+def test_an_unexpected_error_is_reported_as_a_failed_run_with_where_to_look(
+    call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_app, "prepare", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call()
+    report = _report(tmp_path / "out")
+    assert report["exit_code"] == 3
+    assert "ZeroDivisionError" in report["message"] and f"flwr log {FLOWER_RUN}" in report["message"]
+
+
+def test_the_folder_is_held_while_the_run_is_worked_on(
+    call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holders = []
+    monkeypatch.setattr(server_app, "coordinate", lambda *_: holders.append(RunLock(tmp_path / "out").holder()))
+    call()
+    assert holders == [FLOWER_RUN]
+
+
+def test_a_coordinator_that_waited_for_another_does_not_repeat_a_finished_run(
+    call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repeated: list[object] = []
+    monkeypatch.setattr(server_app, "coordinate", lambda *_: repeated.append(1))
+    second = threading.Thread(target=call)
+    with RunLock(tmp_path / "out").hold(1):
+        second.start()
+        (tmp_path / "out" / "summary.json").write_text("{}")
+    second.join()
+    assert repeated == []
+
+
+def test_another_plan_cannot_take_over_a_run(
+    call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    RunFolder.create(tmp_path / "out", "", {"run_id": "run-1", "plan_digest": "old", "schema_version": 1})
+    prepared = SimpleNamespace(plan=SimpleNamespace(digest=lambda: "new"))
+    monkeypatch.setattr(server_app, "prepare", lambda *_: prepared)
+    with pytest.raises(ConsiliumError, match="started with other settings"):
+        call(resume=True)
+    assert "other settings" in _report(tmp_path / "out")["message"]
