@@ -37,7 +37,7 @@ from server.rounds import Silent
 from simulations.simulate import Arm, Federation
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS, BATCH, ROUNDS = 8, 16, 5
+STEPS, BATCH, ROUNDS = 2, 16, 3
 
 
 def overhead(data: str, mechanism: str) -> dict[str, Any]:

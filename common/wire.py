@@ -1,7 +1,7 @@
 """Messages ⇄ Flower records. Every key that crosses the network stands here and nowhere else. Torch-free.
 
-A message's content is one ``ConfigRecord`` of scalars and, where it carries tensors, one ``ArrayRecord`` whose keys are
-canonical tensor names and whose arrays are little-endian fp32.
+A message's content is one ``ConfigRecord`` of scalars and, where it carries tensors, one ``ArrayRecord`` with a single
+array: all tensors by canonical name as little-endian fp32, in the safetensors format.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from safetensors.numpy import load, save
 
 from common.errors import WireError
 from common.messages import (
@@ -35,6 +36,8 @@ from common.messages import (
 
 HEADER = "consilium"
 TENSORS = "tensors"
+PACKED = "safetensors"
+"""Name and kind of the one array in which all tensors of a message travel."""
 TRAIN_TYPE = "train"
 DESCRIBE_TYPE = "query.describe"
 NODE_AGENT = "agent"
@@ -237,8 +240,9 @@ def is_unavailable(record: RecordDict) -> bool:
 
 
 def tensors_to_record(tensors: Tensors) -> ArrayRecord:
-    """fp32 arrays by canonical name."""
-    return ArrayRecord({name: Array(np.asarray(tensors[name], "<f4", order="C")) for name in sorted(tensors)})
+    """fp32 arrays by canonical name, all in one: Flower sends every array on its own, in several HTTP requests."""
+    packed = save({name: np.asarray(tensors[name], "<f4", order="C") for name in sorted(tensors)})
+    return ArrayRecord({PACKED: Array("float32", (len(packed),), PACKED, packed)})
 
 
 def tensors_from_record(record: RecordDict) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
@@ -248,12 +252,15 @@ def tensors_from_record(record: RecordDict) -> dict[str, np.ndarray[Any, np.dtyp
         WireError: there are none, or one is not fp32.
     """
     try:
-        arrays = {name: array.numpy() for name, array in record.array_records[TENSORS].items()}
+        ((name, packed),) = record.array_records[TENSORS].items()
+        if (name, packed.stype) != (PACKED, PACKED):
+            raise ValueError
+        arrays = load(packed.data)
     except Exception as error:
         raise WireError(f"message: its tensors cannot be read ({type(error).__name__})") from None
     for name, array in arrays.items():
-        if not isinstance(array, np.ndarray) or array.dtype != np.float32:
-            raise WireError(f"message: tensor '{name}' is {getattr(array, 'dtype', 'no array')}, expected float32")
+        if array.dtype != np.float32:
+            raise WireError(f"message: tensor '{name}' is {array.dtype}, expected float32")
     return arrays
 
 

@@ -14,6 +14,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load, save
 
 from common import rpc, wire
 from common.errors import WireError
@@ -348,16 +349,8 @@ def test_an_unknown_kind_or_reason_of_a_reply_is_refused() -> None:
         wire.train_reply_from_record(changed(SENT[4][0], reason="because of row 7"))
 
 
-def saved(array: np.ndarray) -> bytes:
-    stream = BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
-
-
-def zipped() -> bytes:
-    stream = BytesIO()
-    np.savez(stream, x=np.ones(3, np.float32))
-    return stream.getvalue()
+def packed(content: bytes, name: str = "safetensors", kind: str = "safetensors") -> ArrayRecord:
+    return ArrayRecord({name: Array("float32", (len(content),), kind, content)})
 
 
 def pickled() -> bytes:
@@ -366,24 +359,40 @@ def pickled() -> bytes:
     return stream.getvalue()
 
 
+WHOLE = save({"x": np.ones(2, np.float32)})
+
+
 @pytest.mark.parametrize(
-    "array",
+    "tensors",
     [
-        Array("float64", (2,), "numpy.ndarray", saved(np.ones(2))),
-        Array("float32", (2,), "numpy.ndarray", saved(np.ones(2, np.float16))),
-        Array("float32", (2,), "numpy.ndarray", saved(np.ones(2, ">f4"))),
-        Array("float32", (2,), "numpy.ndarray", saved(np.ones(2, np.float32))[:-1]),
-        Array("float32", (2,), "numpy.ndarray", b""),
-        Array("float32", (2,), "torch", saved(np.ones(2, np.float32))),
-        Array("float32", (3,), "numpy.ndarray", zipped()),
-        Array("object", (1,), "numpy.ndarray", pickled()),
+        packed(save({"x": np.ones(2)})),
+        packed(save({"x": np.ones(2, np.float16)})),
+        packed(save({"x": np.ones(2, np.int32)})),
+        packed(WHOLE[:-1]),
+        packed(WHOLE + b"\0"),
+        packed(WHOLE.replace(b"[2]", b"[3]")),
+        packed(b""),
+        packed(pickled()),
+        packed(WHOLE, name="x"),
+        packed(WHOLE, kind="numpy.ndarray"),
+        ArrayRecord({"x": Array(np.ones(2, np.float32))}),
+        ArrayRecord({**packed(WHOLE), "more": Array(np.ones(2, np.float32))}),
     ],
-    ids=["float64", "float16", "big-endian", "cut short", "empty", "other kind", "archive", "pickle"],
+    ids=[
+        *("float64", "float16", "int32", "cut short", "too long", "other shape", "empty", "pickle", "other name"),
+        *("other kind", "not packed", "one more"),
+    ],
 )
-def test_tensors_that_are_not_whole_fp32_arrays_are_refused(array: Array) -> None:
-    record = RecordDict({**RECORD_HEADER, "tensors": ArrayRecord({"x": array})})
+def test_tensors_that_are_not_whole_fp32_arrays_are_refused(tensors: ArrayRecord) -> None:
+    record = RecordDict({**RECORD_HEADER, "tensors": tensors})
     with pytest.raises(WireError, match="message: "):
         wire.train_reply_from_record(record)
+
+
+def test_all_tensors_travel_as_one_array_since_flower_sends_each_by_requests_of_its_own() -> None:
+    many = {f"layer.{number}": np.ones((2, 3), np.float32) for number in range(100)}
+    (array,) = wire.tensors_to_record(many).values()
+    assert set(load(array.data)) == set(many)
 
 
 RECORD_HEADER = {"consilium": SENT[3][0].config_records["consilium"]}
