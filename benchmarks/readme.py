@@ -53,8 +53,7 @@ def measured() -> str:
             "Default recipe on medquad_qtype, nine natural sites, test split, mean ± spread "
             "over seeds "
             "(`benchmarks/medquad.py`; settings were chosen on validation data, "
-            "and that choice is not charged to ε):\n\n"
-            + text.partition("\n\n")[0]
+            "and that choice is not charged to ε):\n\n" + text.partition("\n\n")[0]
         )
     if (RESULTS / "simulation.json").exists():
         result = json.loads((RESULTS / "simulation.json").read_text(encoding="utf-8"))
