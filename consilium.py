@@ -58,7 +58,7 @@ def main() -> None:
     """Entry point of ``consilium``."""
     try:
         # Outside its standalone mode, click hands over what it would otherwise swallow or print in its own way.
-        code = app(standalone_mode=False)
+        code = app(prog_name="consilium", standalone_mode=False)
     except ConsiliumError as error:
         _leave(f"error: {error}", error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:

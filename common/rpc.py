@@ -10,6 +10,7 @@ from types import TracebackType
 
 import grpc
 import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.errors import ConnectionFailed, WireError
 from common.messages import (
@@ -283,14 +284,19 @@ class RemoteSite:
         return grpc.secure_channel(self.address.target, grpc.ssl_channel_credentials(authority, key, certificate))
 
     def __enter__(self) -> RemoteSite:
+        # Not channel_ready_future: it looks every 0.2 s, and the relay starts anew for every message.
+        ask = health_pb2_grpc.HealthStub(self._channel).Check
         try:
-            grpc.channel_ready_future(self._channel).result(timeout=self.timeout)
-        except grpc.FutureTimeoutError:
+            health = ask(health_pb2.HealthCheckRequest(), timeout=self.timeout, wait_for_ready=True)
+            serving = health.status == health_pb2.HealthCheckResponse.SERVING
+        except grpc.RpcError:
+            serving = False
+        if not serving:
             self._channel.close()
             raise ConnectionFailed(
                 f"agent {self.address.target}: not reachable, or its certificate is not trusted; "
                 "is 'consilium site agent' running, and does --node-config name its address?"
-            ) from None
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

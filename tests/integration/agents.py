@@ -24,6 +24,13 @@ from client.config import read_site_config
 from client.privacy.ledger import Ledger
 
 PROGRAM = Path(sys.executable).with_name("consilium")
+INTERRUPTIBLE = (
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])",
+    str(PROGRAM),
+)
+"""``consilium`` that hears SIGINT, also where the tests run in the background of a shell, which makes children deaf."""
 START_TIMEOUT = 120.0
 POLL_INTERVAL = 0.05
 BASE_MODEL_LOADED = "base model loaded"

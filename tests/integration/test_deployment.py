@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from agents import BASE_MODEL_LOADED, ENVIRONMENT, PROGRAM, Federation, SiteAgent, site_tables
+from agents import BASE_MODEL_LOADED, ENVIRONMENT, INTERRUPTIBLE, Federation, SiteAgent, site_tables
 from credentials import write_certificates
 from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -81,7 +81,7 @@ class Command:
             (folder / "run.toml").write_bytes(tomli_w.dumps(tables).encode())
             arguments = ("--config", "run.toml", *arguments)
         self.process = subprocess.Popen(
-            [str(PROGRAM), "server", "run", *arguments],
+            [*INTERRUPTIBLE, "server", "run", *arguments],
             env={**os.environ, **ENVIRONMENT},
             cwd=folder,
             stdin=subprocess.DEVNULL,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agents import ENVIRONMENT, PROGRAM
+from agents import ENVIRONMENT, INTERRUPTIBLE
 
 HEAD = {"name": "head", "rounds": 1, "sample_rate": 1.0, "train": ["head"], "learning_rate": 1.0}
 LORA = {"name": "lora", "rounds": 2, "sample_rate": 0.5, "train": ["head", "lora"], "learning_rate": 0.5}
@@ -134,7 +134,7 @@ def test_an_interrupted_simulation_says_so_in_one_line_and_can_be_resumed(
 ) -> None:
     out = tmp_path / "out"
     process = subprocess.Popen(
-        [str(PROGRAM), "simulate", *settings, "--set", "phase.lora.rounds=300", "--out", str(out)],
+        [*INTERRUPTIBLE, "simulate", *settings, "--set", "phase.lora.rounds=300", "--out", str(out)],
         env={**os.environ, **ENVIRONMENT},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
