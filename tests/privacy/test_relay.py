@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from flwr.app import DEFAULT_TTL, Context, Message, Metadata, RecordDict
 from flwr.common.serde import message_to_proto, recorddict_to_proto
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 import client.app
 from client.agent import Agent
@@ -172,6 +173,9 @@ def test_an_answer_that_is_none_gets_the_same_answer(listen: str, answer: bytes)
     server.add_generic_rpc_handlers(
         [grpc.method_handlers_generic_handler("consilium.site.v1.SiteAgent", {"Train": handler})]
     )
+    well = health.HealthServicer()
+    well.set("", health_pb2.HealthCheckResponse.SERVING)
+    health_pb2_grpc.add_HealthServicer_to_server(well, server)
     server.add_insecure_port(listen)
     server.start()
     try:
