@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import socket
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,6 +28,8 @@ LOOK_SECONDS = 0.2
 """How often the folder is looked at."""
 ASK_SECONDS = 10.0
 """How often the SuperLink is asked after a run whose ServerApp has not begun to work (a second of a core each time)."""
+REACH_SECONDS = 5.0
+"""How often it is tried whether the SuperLink is still there."""
 LOST_SECONDS = 60.0
 """How long a SuperLink that was reached before may be away."""
 
@@ -78,7 +81,7 @@ def _resumable(folder: RunFolder) -> str:
 
 
 def _follow(superlink: SuperLinkAddress, flower_run: int, out: Path, progress: Progress) -> dict[str, Any]:
-    lock, status = RunLock(out), _Status(superlink, flower_run)
+    lock, status, reach = RunLock(out), _Status(superlink, flower_run), _Reach(superlink)
     shown, begun, waiting = 0, False, ""
     while True:
         # The holder writes its result before it lets go: a lock found free here is older than what is looked for below.
@@ -98,7 +101,29 @@ def _follow(superlink: SuperLinkAddress, flower_run: int, out: Path, progress: P
         if working and (text := RunFolder(out).waiting()) != waiting:
             waiting = text
             log.warning("waiting: %s", text or "no longer")
+        reach.look()
         time.sleep(LOOK_SECONDS)
+
+
+class _Reach:
+    """Tells when a SuperLink goes away and comes back: the ServerApp then waits for it, for as long as it takes."""
+
+    def __init__(self, superlink: SuperLinkAddress) -> None:
+        self.superlink, self._looked, self._there = superlink, time.monotonic(), True
+
+    def look(self) -> None:
+        """Now and then opens a connection and closes it again."""
+        if time.monotonic() - self._looked < REACH_SECONDS:
+            return
+        try:
+            socket.create_connection(self.superlink.host_and_port, timeout=REACH_SECONDS).close()
+            there = True
+        except OSError:
+            there = False
+        if there != self._there:
+            state = "is back" if there else "cannot be reached; the run waits for it"
+            log.warning("the SuperLink at %s %s", self.superlink.address, state)
+        self._looked, self._there = time.monotonic(), there
 
 
 class _Status:

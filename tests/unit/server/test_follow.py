@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -183,6 +184,30 @@ def test_a_superlink_that_is_away_for_a_moment_is_forgiven(
     answers = iter([ConnectionFailed("away for good")])
     with pytest.raises(ConnectionFailed, match="away for good"):
         _run(tmp_path / "out")
+
+
+def test_a_superlink_that_goes_away_while_the_run_is_worked_on_is_told_once_and_when_it_is_back(
+    superlink: SuperLink, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _made(tmp_path)
+    monkeypatch.setattr(follow, "REACH_SECONDS", 0.0)
+    looks = iter(["there", "away", "away", "there", "there"])
+
+    def connect(*_: object, **__: object) -> socket.socket:
+        look = next(looks, None)
+        if look is None:
+            _finish(tmp_path)
+        if look == "away":
+            raise ConnectionRefusedError
+        return socket.socket()
+
+    monkeypatch.setattr("server.follow.socket.create_connection", connect)
+    with RunLock(tmp_path).hold(FLOWER_RUN):
+        assert _run(tmp_path, resume=True) == {"status": "completed"}
+    assert [record.getMessage().split(" ", 4)[4] for record in caplog.records] == [
+        "cannot be reached; the run waits for it",
+        "is back",
+    ]
 
 
 def test_an_interrupt_stops_the_run_at_the_superlink(
