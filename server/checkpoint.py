@@ -10,6 +10,9 @@
     DIR/checkpoint/N/       state after round N (safetensors + JSON); LATEST names the current one
     DIR/adapter/            the best adapter, plain PEFT
     DIR/summary.json        the result
+    DIR/error.json          why a deployment's coordinator stopped
+    DIR/waiting.txt         what the run waits for before its first round, while it does
+    DIR/.lock               held by the coordinator at work (``server/lock.py``)
 """
 
 from __future__ import annotations
