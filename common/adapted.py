@@ -138,6 +138,8 @@ class AdaptedModel:
         wanted: set[Group] = {"head"} if "head" in phase.train else set()
         if "lora" in phase.train:
             wanted.update(LOCAL_RULES[phase.algorithm].trains(round))
+        if phase.layers is not None and phase.layers > self.depth:
+            raise ModelError(f"phase.{phase.name}.layers = {phase.layers}: the model has only {self.depth} layers")
         lowest = 0 if phase.layers is None else self.depth - phase.layers
         return tuple(
             name

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from common.attention import always_mask
 from common.errors import ModelError
 from common.tasks.base import Task
 
@@ -160,6 +161,7 @@ def load_base(folder: Path, task: Task, placement: Placement, pooling: str = "au
     network.config.pad_token_id = tokenizer.pad_token_id
     network.config.use_cache = False
     _check_length(network, task)
+    always_mask(network)
     network.requires_grad_(False)
     network.train(False)
     torch.nn.Module.to(network, placement.device)
@@ -226,7 +228,8 @@ def checkpointed(layers: Sequence[nn.Module]) -> Iterator[None]:
     """Within it the layers keep no activations but their input and recompute the rest in the backward pass.
 
     A layer only does so in training mode; that flag is set on the layer alone and not on the modules in it, so that
-    all of them go on computing as in eval mode. Reentrant, since hooks for per-example gradients see nothing else.
+    all of them go on computing as in eval mode. Reentrant, which wraps no saved tensor; per-example gradients are exact
+    under either kind.
     """
     hooks = [layer.register_forward_pre_hook(_want_gradients) for layer in layers[:1]]
     for layer in cast(Sequence[Any], layers):
