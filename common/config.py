@@ -21,6 +21,9 @@ from common.errors import ConfigError, did_you_mean
 
 SCHEMA_VERSION = 1
 
+EXAMPLE = "example"
+"""The privacy unit of which every row is one."""
+
 # Strict: true is not 1, and "8" is not 8.
 Positive = Annotated[float, Field(gt=0, strict=True)]
 Fraction = Annotated[float, Field(gt=0, le=1, strict=True)]
@@ -93,6 +96,8 @@ class DataSection(Section):
     """The task's fields → column names, e.g. ``{text = "note", label = "class"}``. Default: the field's own name."""
     site_column: str | None = None
     """Simulation: the column whose value names the site (the natural partition)."""
+    privacy_unit: str | None = None
+    """Simulation: the column that names each row's privacy unit, e.g. ``patient_id``. Empty: each row is one."""
     sites: Count | None = None
     """Simulation: without ``site_column``, deal the rows out to so many sites (IID, seeded by ``run.seed``)."""
 
@@ -123,8 +128,14 @@ class PrivacySection(Section):
     """ε of all rounds of all phases together, at each site, under add/remove of one unit."""
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
     """δ. Empty: the largest power of ten not above 1/(10·public_size), never above 1e-5, at each site."""
-    unit: Literal["example"] = "example"
-    """What one unit is."""
+    unit: str = Field(default=EXAMPLE, pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """What one unit is: ``example``, or the name of a group of examples (``patient``) that a site must protect under
+    the same name. In a simulation ``data.privacy_unit`` names it."""
+    max_examples_per_unit: Annotated[int, Field(ge=1, le=256, strict=True)] = 8
+    """A unit contributes the mean gradient of at most so many of its examples, drawn afresh in each step."""
+    noise: Literal["secure", "fast"] = "secure"
+    """``secure``: fit for release, on an integer grid. ``fast``: floating point, for simulations; real sites refuse
+    it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PrivacySection:
@@ -270,6 +281,11 @@ class RunConfig(Section):
                     f"phase '{phase.name}': layers = {phase.layers} exceeds lora.layers = {self.lora.layers}"
                 )
         return self
+
+    @property
+    def unit(self) -> str:
+        """The privacy unit's name."""
+        return self.data.privacy_unit or self.privacy.unit if self.privacy.unit == EXAMPLE else self.privacy.unit
 
     @property
     def phases(self) -> tuple[PhaseSection, ...]:

@@ -7,15 +7,23 @@ moved other rows' clipped sums by 1 % of the clip norm; at a fixed shape by exac
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 
 from common.adapted import INPUT, AdaptedModel, Cut
+from common.data.units import count_units
+from common.prefix_files import PrefixCache
+from common.prefixes import CACHE_LIMIT, Layout, Prefixes, prefix_by_row
 from common.tasks.base import Encoded, Task
 
 log = logging.getLogger(__name__)
@@ -25,9 +33,6 @@ BUCKETS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3
 
 FEATURE_ROWS = 256
 """Rows of a physical batch of pooled features; they have no length."""
-
-CACHE_LIMIT = 4 << 30
-"""Largest prefix cache of one split in bytes; above it the prefix is computed anew."""
 
 
 @dataclass(frozen=True)
@@ -40,51 +45,112 @@ class Batch:
     """Attention mask [B, T]; [B, 1] for features."""
     targets: torch.Tensor
     weights: torch.Tensor
-    """[B] fp32: 1 for an example, 0 for a dummy row and for a row that cannot be learnt from."""
+    """[B] fp32: 1/(examples of the row's unit), 0 for a dummy row and for a row that cannot be learnt from."""
     indices: npt.NDArray[np.int64]
     """Which examples the first rows are."""
+    units: npt.NDArray[np.int64] | None = None
+    """Number of the privacy unit each of the first rows belongs to; ``None``: each is a unit of its own."""
+
+    def slots(self) -> torch.Tensor | None:
+        """[B] number of each row's unit within the batch, a dummy row being a unit of its own; ``None`` as above."""
+        if self.units is None:
+            return None
+        _, slots = np.unique(self.units, return_inverse=True)
+        return torch.from_numpy(np.concatenate([slots, np.arange(len(slots), len(self.weights))])).to(self.mask.device)
+
+    def by_unit(self) -> list[npt.NDArray[np.int64]]:
+        """The examples of each unit in the batch. No unit lies in two batches."""
+        if self.units is None:
+            return list(self.indices[:, None])
+        return [self.indices[self.units == unit] for unit in np.unique(self.units)]
 
 
 class Examples:
-    """Encoded rows of one split; a row that cannot be learnt from stays as a void example that contributes zero."""
+    """Encoded rows of one split; a row that cannot be learnt from stays as a void example that contributes zero.
 
-    def __init__(self, encoded: Sequence[Encoded | None], task: Task, cache_limit: int = CACHE_LIMIT) -> None:
-        self.task = task
+    Args:
+        units: [n] number of each example's privacy unit (:func:`common.data.units.units_of`); ``None``: each example is
+            a unit of its own.
+        cache_limit: bytes of frozen hidden states that are kept.
+        cache_folder: where on the site's own disk they are kept (:mod:`common.prefixes`); ``None``: in memory.
+    """
+
+    def __init__(
+        self,
+        encoded: Sequence[Encoded | None],
+        task: Task,
+        cache_limit: int = CACHE_LIMIT,
+        units: npt.NDArray[np.int64] | None = None,
+        cache_folder: Path | None = None,
+    ) -> None:
+        self.task, self.units = task, units
         self.encoded = list(encoded)
-        self.cache_limit = cache_limit
+        self._kept = PrefixCache(cache_limit, cache_folder)
         lengths = np.array([1 if item is None else max(1, len(item.ids)) for item in self.encoded], np.int64)
         buckets = np.array(BUCKETS)[np.searchsorted(BUCKETS, lengths)] if len(lengths) else lengths
         self.bucket = np.minimum(buckets, task.settings.max_length)  # a model may have no positions beyond it
-        self._cache: dict[tuple[str, str], _Prefixes] = {}
+        self._cache: dict[tuple[str, torch.dtype, int, Cut], Prefixes] = {}
 
     def __len__(self) -> int:
         return len(self.encoded)
 
+    @property
+    def unit_count(self) -> int:
+        """Number of privacy units."""
+        return len(self) if self.units is None else count_units(self.units)
+
     def batches(self, indices: npt.NDArray[np.int64], rows: int, model: AdaptedModel, cut: Cut) -> Iterator[Batch]:
-        """The chosen examples in physical batches of ``rows`` rows, by length bucket and in index order."""
+        """The chosen examples in physical batches of ``rows`` rows, by length bucket and in index order.
+
+        All chosen examples of a privacy unit are in one batch, in the bucket of the longest of them, so that neither
+        its gradient nor its shape depends on another unit.
+
+        Args:
+            rows: at least as many as examples of one unit are chosen.
+        """
         if cut.layer is None:
-            prefixes = self._prefixes(model, cut, rows)
-            for start in range(0, len(indices), FEATURE_ROWS):
-                yield self._feature_batch(indices[start : start + FEATURE_ROWS], prefixes, model)
+            for _, chosen in self._by_bucket(indices, FEATURE_ROWS, np.ones(len(self), np.int64)):
+                yield self._feature_batch(chosen, rows, model)
             return
         cached = None if cut == INPUT else self._prefixes(model, cut, rows)
-        for length, chosen in self._by_bucket(indices, rows):
+        for length, chosen in self._by_bucket(indices, rows, self.bucket):
             yield self._token_batch(chosen, rows, length, model, cut, cached)
 
-    def _by_bucket(self, indices: npt.NDArray[np.int64], rows: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        buckets = self.bucket[indices]
+    def _by_bucket(
+        self, indices: npt.NDArray[np.int64], rows: int, bucket: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        buckets, units = bucket[indices], None
+        if self.units is not None:
+            _, units = np.unique(self.units[indices], return_inverse=True)
+            longest = np.zeros(len(indices), np.int64)
+            np.maximum.at(longest, units, buckets)
+            buckets = longest[units]
         for length in np.unique(buckets):
             inside = indices[buckets == length]
+            if units is None:
+                for start in range(0, len(inside), rows):
+                    yield int(length), inside[start : start + rows]
+            else:
+                for packed in _packed(units[buckets == length], rows):
+                    yield int(length), inside[packed]
+
+    def _by_length(self, rows: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+        """All examples, each in its own bucket, whichever unit it belongs to."""
+        for length in np.unique(self.bucket):
+            inside = np.flatnonzero(self.bucket == length)
             for start in range(0, len(inside), rows):
                 yield int(length), inside[start : start + rows]
 
-    def _feature_batch(self, chosen: npt.NDArray[np.int64], prefixes: _Prefixes, model: AdaptedModel) -> Batch:
+    def _feature_batch(self, chosen: npt.NDArray[np.int64], rows: int, model: AdaptedModel) -> Batch:
         device = model.base.placement.device
-        features = torch.zeros(FEATURE_ROWS, prefixes.width)
-        features[: len(chosen)] = prefixes.features(chosen)
+        found = self._features(chosen, rows, model)
+        features = torch.zeros(FEATURE_ROWS, found.shape[1])
+        features[: len(chosen)] = found
         targets, weights = self._targets(chosen, FEATURE_ROWS, 1)
         mask = torch.ones(FEATURE_ROWS, 1, dtype=torch.long)
-        return Batch(features.to(device), mask.to(device), targets.to(device), weights.to(device), chosen)
+        return Batch(
+            features.to(device), mask.to(device), targets.to(device), weights.to(device), chosen, self._units(chosen)
+        )
 
     def _token_batch(
         self,
@@ -93,7 +159,7 @@ class Examples:
         length: int,
         model: AdaptedModel,
         cut: Cut,
-        cached: _Prefixes | None,
+        cached: Prefixes | None,
     ) -> Batch:
         device = model.base.placement.device
         ids = np.full((rows, length), model.base.tokenizer.pad_token_id or 0, np.int64)
@@ -107,95 +173,96 @@ class Examples:
         targets, weights = self._targets(chosen, rows, length)
         attention = torch.from_numpy(mask).to(device)
         inputs = torch.from_numpy(ids).to(device)
-        if cached is not None and cached.stored:
-            inputs = cached.padded(chosen, rows, length).to(device, model.base.placement.dtype)
+        hidden = None if cached is None else cached.padded(chosen, rows, length)
+        if hidden is not None:
+            inputs = hidden.to(device)
         elif cut != INPUT:
-            inputs = _prefix_by_row(model, inputs, attention, cut, len(chosen))
-        return Batch(inputs, attention, targets.to(device), weights.to(device), chosen)
+            inputs = prefix_by_row(model, inputs, attention, cut, len(chosen))
+        return Batch(inputs, attention, targets.to(device), weights.to(device), chosen, self._units(chosen))
 
     def _targets(self, chosen: npt.NDArray[np.int64], rows: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         items = [self.encoded[index] for index in chosen]
         targets: list[npt.NDArray[np.int64] | None] = [None if item is None else item.target for item in items]
         weights = torch.zeros(rows)
         weights[: len(items)] = torch.tensor([0.0 if item is None else 1.0 for item in items])
+        if (units := self._units(chosen)) is not None:
+            _, unit, sizes = np.unique(units, return_inverse=True, return_counts=True)
+            weights[: len(items)] /= torch.from_numpy(sizes[unit])
         return self.task.collate(targets + [None] * (rows - len(items)), length), weights
 
-    def _prefixes(self, model: AdaptedModel, cut: Cut, rows: int) -> _Prefixes:
-        """The frozen prefix of every example, computed on first use and kept for this model and cut."""
-        key = (model.base.digest, cut.key())
+    def _units(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
+        return None if self.units is None else self.units[chosen]
+
+    def _prefixes(self, model: AdaptedModel, cut: Cut, rows: int) -> Prefixes:
+        """The frozen prefix of every example, found or computed on first use and kept for this model and cut."""
+        key = (model.base.digest, model.base.placement.dtype, rows, cut)
         if key not in self._cache:
-            self._cache[key] = self._compute(model, cut, rows)
+            self._cache[key] = self._compute(self._kept, model, cut, rows)
         return self._cache[key]
 
-    def _compute(self, model: AdaptedModel, cut: Cut, rows: int) -> _Prefixes:
-        width = int(model.network.config.hidden_size)
-        lengths = np.array([0 if item is None else len(item.ids) for item in self.encoded], np.int64)
-        store = _Prefixes(
-            lengths, width, cut, stored=cut.layer is None or int(lengths.sum()) * width * 4 <= self.cache_limit
-        )
-        if not store.stored:
-            return store
+    def _features(self, chosen: npt.NDArray[np.int64], rows: int, model: AdaptedModel) -> torch.Tensor:
+        found = self._prefixes(model, Cut(None), rows).features(chosen)
+        if found is None:  # the file broke: whether a step comes about must not depend on a disk
+            key = (model.base.digest, model.base.placement.dtype, rows, Cut(None))
+            self._cache[key] = self._compute(PrefixCache(0), model, Cut(None), rows)
+            found = self._cache[key].features(chosen)
+            assert found is not None, "features are always kept in memory"
+        return found
+
+    def _compute(self, kept: PrefixCache, model: AdaptedModel, cut: Cut, rows: int) -> Prefixes:
+        lengths = self._lengths if cut.layer is not None else np.ones(len(self), np.int64)
+        layout = Layout(lengths, int(model.network.config.hidden_size), model.base.placement.dtype)
+        origin = self._origin(model, rows)
+        if (found := kept.find(cut, origin, layout)) is not None:
+            return found
         below = model.layer_cut if cut.layer is None else INPUT
-        shared = self._prefixes(model, below, rows) if below != INPUT else None
-        for length, chosen in self._by_bucket(np.arange(len(self)), rows):
+        shared = None if below == INPUT else self._prefixes(model, below, rows)
+        return kept.make(cut, origin, layout, lambda prefixes: self._fill(prefixes, model, cut, rows, shared))
+
+    def _fill(self, prefixes: Prefixes, model: AdaptedModel, cut: Cut, rows: int, shared: Prefixes | None) -> None:
+        for length, chosen in self._by_length(rows):
             if shared is not None and shared.stored:  # features then cost the top layers alone
+                below = model.layer_cut
                 batch = self._token_batch(chosen, rows, length, model, below, shared)
-                store.put(chosen, model.features(batch.inputs, batch.mask, below))
-            else:
-                batch = self._token_batch(chosen, rows, length, model, INPUT, None)
-                store.put(chosen, _prefix_by_row(model, batch.inputs, batch.mask, cut, len(chosen)))
-        return store
+                try:
+                    prefixes.put(chosen, model.features(batch.inputs, batch.mask, below))
+                    continue
+                except RuntimeError:
+                    log.warning("a batch failed in the frozen layers; its rows are computed one by one")
+            batch = self._token_batch(chosen, rows, length, model, INPUT, None)
+            prefixes.put(chosen, prefix_by_row(model, batch.inputs, batch.mask, cut, len(chosen)))
+
+    @cached_property
+    def _lengths(self) -> npt.NDArray[np.int64]:
+        """Tokens of each example; none where it is void."""
+        return np.array([0 if item is None else len(item.ids) for item in self.encoded], np.int64)
+
+    @cached_property
+    def _content(self) -> str:
+        """Digest of all token ids."""
+        state = hashlib.sha256(self._lengths.tobytes())
+        for item in self.encoded:
+            if item is not None:
+                state.update(np.ascontiguousarray(item.ids, np.int32).tobytes())
+        return state.hexdigest()
+
+    def _origin(self, model: AdaptedModel, rows: int) -> str:
+        """Digest of all that decides the frozen activations, to the last bit, but for the cut."""
+        placement = model.base.placement
+        values = [model.base.digest, self.task.name, model.base.pooling, self.task.settings.max_length, rows]
+        values += [str(placement.dtype), placement.device.type, torch.__version__, transformers.__version__]
+        return hashlib.sha256(json.dumps([*values, self._content]).encode()).hexdigest()
 
 
-def _prefix_by_row(model: AdaptedModel, ids: torch.Tensor, mask: torch.Tensor, cut: Cut, examples: int) -> torch.Tensor:
-    """The frozen prefix [B, …]; NaN in the rows of examples that fail, so that they fail alone.
-
-    Args:
-        examples: how many of the first rows are examples; the others are dummies.
-    """
-    try:
-        return model.prefix(ids, mask, cut)
-    except Exception:
-        log.warning("a batch failed in the frozen prefix; its rows are computed one by one")
-    width = int(model.network.config.hidden_size)
-    shape = (len(ids), width) if cut.layer is None else (*ids.shape, width)
-    hidden = torch.full(shape, torch.nan, device=ids.device, dtype=model.base.placement.dtype)
-    for row in range(examples):
-        alone = torch.arange(len(ids), device=ids.device).unsqueeze(1) == row
-        first = torch.zeros_like(mask)
-        first[:, 0] = 1
-        pads = torch.full_like(ids, model.base.tokenizer.pad_token_id or 0)
-        try:
-            hidden[row] = model.prefix(torch.where(alone, ids, pads), torch.where(alone, mask, first), cut)[row]
-        except Exception:
-            log.warning("an example failed in the frozen prefix and contributes zero")
-    return hidden
-
-
-class _Prefixes:
-    """Activations of all examples at one cut: features [n, H], or hidden states [Σ lengths, H] with offsets."""
-
-    def __init__(self, lengths: npt.NDArray[np.int64], width: int, cut: Cut, stored: bool) -> None:
-        self.width, self.stored, self.cut = width, stored, cut
-        self.lengths = np.ones_like(lengths) if cut.layer is None else lengths
-        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.values = torch.zeros(int(self.offsets[-1]) if stored else 0, width)
-
-    def put(self, chosen: npt.NDArray[np.int64], hidden: torch.Tensor) -> None:
-        """Stores rows of features [B, H] or hidden states [B, T, H]."""
-        hidden = hidden.float().cpu()
-        for row, index in enumerate(chosen):
-            start, stop = self.offsets[index], self.offsets[index + 1]
-            self.values[start:stop] = hidden[row] if self.cut.layer is None else hidden[row, : stop - start]
-
-    def features(self, chosen: npt.NDArray[np.int64]) -> torch.Tensor:
-        """Pooled features [b, H]."""
-        return self.values[torch.from_numpy(chosen)]
-
-    def padded(self, chosen: npt.NDArray[np.int64], rows: int, length: int) -> torch.Tensor:
-        """Hidden states [rows, length, H], zero where there is no token."""
-        result = torch.zeros(rows, length, self.width)
-        for row, index in enumerate(chosen):
-            start, stop = self.offsets[index], self.offsets[index + 1]
-            result[row, : stop - start] = self.values[start:stop]
-        return result
+def _packed(units: npt.NDArray[np.int64], rows: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Positions of the rows of each physical batch: units in order of number, none of them cut in two."""
+    order = np.argsort(units, kind="stable")
+    starts = np.flatnonzero(np.diff(units[order], prepend=-1))
+    batch = 0
+    for start, stop in zip(starts, [*starts[1:], len(units)], strict=True):
+        assert stop - start <= rows, "a unit's chosen examples fit one batch"
+        if stop - batch > rows:
+            yield order[batch:start]
+            batch = int(start)
+    if len(units):
+        yield order[batch:]

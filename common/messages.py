@@ -43,6 +43,8 @@ class RefusalReason(StrEnum):
     """The round was already served for another request."""
     ADAPTER_LAYOUT = "adapter-layout"
     """The adapter in the request does not have the plan's layout."""
+    MODEL = "model"
+    """The plan's model cannot be trained privately as the plan asks: one record could move another's gradient."""
     SEED_LOST = "seed-lost"
     """A reserved round can no longer be executed as the same release."""
 

@@ -89,7 +89,7 @@ def plan_of(config: RunConfig, run_id: str, model_digest: str, adapter_digest: s
         model_digest=model_digest,
         task=config.task,
         lora=config.lora,
-        privacy=config.privacy,
+        privacy=config.privacy.model_copy(update={"unit": config.unit}),
         phases=config.phases,
         adapter_digest=adapter_digest,
     )

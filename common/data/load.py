@@ -3,34 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
 from common.data.read import Rows, is_file, read_rows
 from common.data.split import draw_split
+from common.data.units import units_of
 from common.errors import DataError
 from common.examples import Examples
 from common.tasks.base import Fault, Task
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """One split, row by row."""
+
+    rows: Rows
+    """The task's fields."""
+    sites: list[object]
+    """Value of the site column; empty without one."""
+    units: npt.NDArray[np.int64] | None
+    """Number of the privacy unit (:func:`common.data.units.units_of`); ``None``: each row is a unit of its own."""
+
+
 def load_rows(
-    source: str, split: str, task: Task, columns: Mapping[str, str], site_column: str | None = None
-) -> tuple[Rows, list[object]]:
-    """The task's fields of one split, and the values of the site column (empty without one).
+    source: str,
+    split: str,
+    task: Task,
+    columns: Mapping[str, str],
+    site_column: str | None = None,
+    unit_column: str | None = None,
+) -> Loaded:
+    """The task's fields of one split, with what the site and unit columns say.
+
+    Of a single file, all rows of a unit fall into the same split.
 
     Raises:
         DataError: file, split or column missing, or without rows.
     """
-    fields = [*task.fields]
-    wanted = dict(columns)
-    if site_column is not None:
-        fields.append("site_column")
-        wanted["site_column"] = site_column
-    rows = read_rows(source, split, fields, wanted)
+    named = {"site_column": site_column, "privacy_unit": unit_column}
+    beside = {field: column for field, column in named.items() if column is not None}
+    rows = read_rows(source, split, [*task.fields, *beside], {**columns, **beside})
     if is_file(source):
-        rows = draw_split(rows, split, task.fields)
+        rows = draw_split(rows, split, task.fields if unit_column is None else ["privacy_unit"])
     sites = rows.pop("site_column", [])
-    return rows, sites
+    units = None if unit_column is None else units_of(rows.pop("privacy_unit"))
+    return Loaded(rows, sites, units)
 
 
 def encode_all(rows: Rows, task: Task, tokenizer: PreTrainedTokenizerBase, where: str) -> Examples:
