@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from client.audit_log import AuditLog
-from client.config import SiteConfig
+from client.config import SiteConfig, SiteDataSection
 from client.policy import Policy
 from client.privacy.ledger import Ledger
 from client.site import Resources, Site
 from common.adapted import AdaptedModel
 from common.code import code_digest
 from common.config import LoraSection, TaskSection
-from common.data.read import Rows, count_rows, read_rows
+from common.data.read import SUFFIXES, Rows, count_rows, read_rows
 from common.data.split import count, select
-from common.errors import ConfigError
+from common.data.units import count_units, units_of
+from common.errors import ConfigError, DataError
 from common.examples import Examples
 from common.model import Placement, digest_of, load_base, locate
 from common.plan import Plan
+from common.prefix_files import cache_folder, wipe_outdated
 from common.tasks.base import Encoded
 from common.tasks.registry import task_of
 
 log = logging.getLogger(__name__)
+
+UNIT = "privacy_unit"
+"""Where a site's rows hold the id of the unit they belong to."""
 
 
 @dataclass
@@ -60,25 +66,50 @@ class Resident:
         return self._models[key]
 
     def warm_up(self) -> None:
-        """Reads every data set now, so that an unreadable file stops the agent from starting, and never a round."""
+        """Reads every data set now, so that an unreadable file stops the agent from starting, and never a round.
+
+        Cached activations of data that have changed since are deleted.
+
+        Raises:
+            ConfigError: they cannot be.
+        """
         for data in self.config.data.values():
-            count_rows(data.path, data.split)
+            size_of(data)
+        try:
+            wipe_outdated(self.cache, {name: files_of(data) for name, data in self.config.data.items()})
+        except OSError as error:
+            raise ConfigError(
+                f"site.state: activations of deleted rows may be left in {self.cache} ({error.strerror}); delete it"
+            ) from None
+
+    @property
+    def cache(self) -> Path:
+        """The folder of all data sets' frozen activations: as secret as the data."""
+        return self.config.site.state / "cache"
 
     def rows(self, name: str, task_name: str, task_settings: TaskSection) -> Rows:
-        """The rows of a data set, read once."""
+        """The rows of a data set, read once; with their privacy units, where a unit is more than a row."""
         key = (name, task_name)
         if key not in self._rows:
             data = self.config.data[name]
             # A single file is learnt from as a whole: what is held out is held out at the coordinator.
-            self._rows[key] = read_rows(data.path, data.split, task_of(task_settings).fields, data.columns)
+            self._rows[key] = rows_of(data, task_of(task_settings).fields)
         return self._rows[key]
 
     def examples(self, plan: Plan, model: AdaptedModel) -> Examples:
         """The plan's data, encoded once; rows that cannot be learnt from stay as void examples."""
         key = (plan.data, plan.task, plan.model_digest)
         if key not in self._examples:
-            rows = self.rows(plan.data, plan.task.name, plan.task)
-            self._examples[key] = Examples(encode_each(rows, model), model.task)
+            rows = dict(self.rows(plan.data, plan.task.name, plan.task))
+            ids = rows.pop(UNIT, None)
+            units = None if ids is None else units_of(ids)
+            self._examples[key] = Examples(
+                encode_each(rows, model),
+                model.task,
+                int(self.config.device.cache_limit * (1 << 30)),
+                units,
+                cache_folder(self.cache, plan.data),
+            )
         return self._examples[key]
 
 
@@ -123,7 +154,7 @@ def build_site(config: SiteConfig) -> tuple[Site, Resident]:
 
 
 def declared_size(config: SiteConfig) -> int:
-    """The public size as a number; ``"exact"`` counts the rows of the site's one data set.
+    """The public size as a number; ``"exact"`` counts the units of the site's one data set.
 
     Raises:
         ConfigError: ``"exact"`` with several data sets.
@@ -133,4 +164,39 @@ def declared_size(config: SiteConfig) -> int:
     if len(config.data) != 1:
         raise ConfigError('policy.public_size = "exact": needs exactly one [data.NAME]; declare a number instead')
     (data,) = config.data.values()
-    return count_rows(data.path, data.split)
+    return size_of(data)
+
+
+def rows_of(data: SiteDataSection, fields: Sequence[str]) -> Rows:
+    """The task's fields of a data set, and under ``UNIT`` each row's id, where a unit is more than a row.
+
+    Raises:
+        DataError: file, split or column missing, or without rows.
+    """
+    if data.privacy_unit is None:
+        return read_rows(data.path, data.split, fields, data.columns)
+    return read_rows(data.path, data.split, [*fields, UNIT], {**data.columns, UNIT: data.privacy_unit})
+
+
+def files_of(data: SiteDataSection) -> list[Path]:
+    """The file a data set is read from; none for one of the hub."""
+    path = Path(data.path).expanduser()
+    if path.is_file():
+        return [path]
+    return [file for suffix in SUFFIXES if (file := path / f"{data.split}{suffix}").is_file()][:1]
+
+
+def size_of(data: SiteDataSection) -> int:
+    """Number of privacy units of a data set.
+
+    Raises:
+        DataError: file, split or column missing, or no row names its unit.
+    """
+    if data.privacy_unit is None:
+        return count_rows(data.path, data.split)
+    size = count_units(units_of(read_rows(data.path, data.split, [UNIT], {UNIT: data.privacy_unit})[UNIT]))
+    if not size:
+        raise DataError(
+            f"data.privacy_unit = '{data.privacy_unit}': no row of {data.path} names its unit; fill the column"
+        )
+    return size

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from client.assemble import declared_size
+import numpy as np
+
+from client.assemble import UNIT, declared_size, rows_of
 from client.config import SiteConfig
 from common.config import TaskSection, validate
-from common.data.read import read_rows
 from common.data.split import count
+from common.data.units import NO_UNIT, count_units, units_of
 from common.model import Placement, load_base, locate
+from common.tasks.base import Fault
 from common.tasks.registry import task_of
 
 SHOWN = 20
@@ -29,16 +32,21 @@ def check_site(config: SiteConfig, task_name: str, labels: tuple[str, ...]) -> d
     base = load_base(locate(config.models[0]), task, Placement.choose("cpu"), settings.pooling)
     data = {}
     for name, entry in config.data.items():
-        rows = read_rows(entry.path, entry.split, task.fields, entry.columns)
+        rows = rows_of(entry, task.fields)
+        ids = rows.pop(UNIT, None)
         _, faults = task.encode(rows, base.tokenizer)
+        units = np.arange(count(rows)) if ids is None else units_of(ids)
+        faults += [Fault(int(row), UNIT, "names no unit") for row in np.flatnonzero(units == NO_UNIT)]
         data[name] = {
             "rows": count(rows),
+            "units": count_units(units),
             "faults": len({fault.row for fault in faults}),
             "first_faults": [vars(fault) for fault in faults[:SHOWN]],
         }
     shared = {
         "site": config.site.name,
         "public_size": declared_size(config),
+        "unit": config.policy.unit,
         "tasks": list(config.policy.tasks),
         "max_rank": config.policy.max_rank,
     }

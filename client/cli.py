@@ -75,7 +75,8 @@ def check_command(
     else:
         for name, entry in report["data"].items():
             print(
-                f"data '{name}': {entry['rows']} rows, {entry['faults']} cannot be learnt from (they contribute zero)"
+                f"data '{name}': {entry['rows']} rows, {entry['units']} privacy units ({report['shared']['unit']}); "
+                f"{entry['faults']} rows cannot be learnt from (they contribute zero)"
             )
             for fault in entry["first_faults"]:
                 print(f"  row {fault['row']}: {fault['field']} {fault['reason']}")

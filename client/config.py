@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from common.config import SCHEMA_VERSION, Count, Positive, Section, read_toml, validate
+from common.config import EXAMPLE, SCHEMA_VERSION, Count, Positive, Section, read_toml, validate
 from common.errors import ConfigError
 
 
@@ -39,14 +39,22 @@ class SiteDataSection(Section):
     """Which file of a folder is learnt from."""
     columns: dict[str, str] = Field(default_factory=dict)
     """The task's fields → column names."""
+    privacy_unit: str | None = None
+    """The column that names each row's privacy unit, e.g. ``patient_id``; needed unless ``policy.unit`` is
+    ``example``."""
 
 
 class PolicySection(Section):
     """``[policy]``: bounds no plan can exceed. What is missing is refused."""
 
     public_size: Count | Literal["exact"]
-    """The size this site declares. Everything about q, σ, weights and refusals is computed from it, never from the true
-    number of rows. ``"exact"`` consents to publishing the true number."""
+    """The number of units this site declares. Everything about q, σ, weights and refusals is computed from it, never
+    from the true number. ``"exact"`` consents to publishing the true number."""
+    unit: str = Field(default=EXAMPLE, pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    """What the budget protects: ``example``, or a group of rows such as ``patient``, told by
+    ``data.NAME.privacy_unit``. Fixed for the site's lifetime; a plan for another unit is refused."""
+    secure_noise: bool = True
+    """Whether a plan must ask for ``noise = "secure"``."""
     lifetime_epsilon: Positive
     """ε over the lifetime of the site's population: all plans of all runs together."""
     lifetime_delta: Annotated[float, Field(gt=0, le=1e-3)] = 1e-5
@@ -74,6 +82,8 @@ class DeviceSection(Section):
     gradient_checkpointing: bool = False
     threads: Count | None = None
     """CPU threads; empty: as many as the machine has cores."""
+    cache_limit: Annotated[float, Field(ge=0)] = 16.0
+    """GiB of frozen activations kept on disk (``state/cache``) for each data set; 0: hidden states are never kept."""
 
 
 class TestingSection(Section):
@@ -100,12 +110,16 @@ class SiteConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> SiteConfig:
-        if self.schema_version > SCHEMA_VERSION:
-            raise ValueError(f"schema_version: {self.schema_version} is newer than this installation knows; update it")
         if not self.site.listen.startswith("unix:") and self.tls is None:
             raise ValueError("site.listen: HOST:PORT needs [tls] with certificate, key and authority; or use unix:PATH")
         if not self.data:
             raise ValueError("data: at least one [data.NAME] is needed")
+        for name, entry in self.data.items():
+            if (entry.privacy_unit is None) != (self.policy.unit == EXAMPLE):
+                raise ValueError(
+                    f"data.{name}.privacy_unit: names the column of the unit where policy.unit is not 'example', and "
+                    f"is left out where it is; policy.unit is '{self.policy.unit}'"
+                )
         return self
 
 

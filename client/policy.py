@@ -30,6 +30,7 @@ class Policy:
             and plan.model_digest in self.model_digests
             and plan.task.name in self.section.tasks
             and plan.lora.r <= self.section.max_rank
+            and plan.privacy.unit == self.section.unit
             and _clips_soundly(plan)
             and self._allows_privacy(plan)
         )
@@ -40,6 +41,8 @@ class Policy:
     def _allows_privacy(self, plan: Plan) -> bool:
         if plan.privacy.mechanism == "none":
             return self.section.allow_no_privacy
+        if self.section.secure_noise and plan.privacy.noise != "secure":
+            return False
         assert plan.privacy.epsilon is not None
         delta = plan.privacy.delta or default_delta(self.public_size)
         return plan.privacy.epsilon <= self.section.max_epsilon and delta <= self.section.max_delta

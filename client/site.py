@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from client import egress
 from client.audit_log import AuditLog
@@ -17,11 +17,13 @@ from client.policy import Policy
 from client.privacy.budget import state_privacy
 from client.privacy.ledger import Decision, Ledger, PlanEntry, Population, Reservation
 from client.privacy.mechanism import mechanism_for
+from client.privacy.row_independence import Probed
 from client.privacy.sampling import RoundSecret
 from client.trainer import train_round
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
-from common.errors import AdapterError, PrivacyError, WireError
+from common.config import EXAMPLE
+from common.errors import AdapterError, ModelError, PrivacyError, WireError
 from common.examples import Examples
 from common.messages import DescribeRequest, RefusalReason, SiteDescription, TrainReply, TrainRequest
 from common.plan import Plan, read_plan
@@ -41,6 +43,8 @@ class Resources:
     examples: Callable[[Plan, AdaptedModel], Examples]
     """The plan's data, encoded once."""
     physical_batch: int
+    probed: Probed = field(default_factory=Probed)
+    """What is known of the resident models' rows; sites of one simulation share it."""
 
 
 class Site:
@@ -63,7 +67,7 @@ class Site:
         self._one_at_a_time = threading.Lock()
         section = policy.section
         ledger.declare(
-            Population(WHOLE_SITE, "example", policy.public_size, section.lifetime_epsilon, section.lifetime_delta)
+            Population(WHOLE_SITE, section.unit, policy.public_size, section.lifetime_epsilon, section.lifetime_delta)
         )
 
     # ---- describe: is this plan welcome? -----------------------------------------------------------------------
@@ -156,6 +160,14 @@ class Site:
         if model.spec.digest() != plan.adapter_digest:
             return RefusalReason.ADAPTER_LAYOUT
         phase = plan.phase_of(request.round)
+        try:
+            names = model.trained_in(phase, request.round)
+        except ModelError:
+            return RefusalReason.MODEL
+        rows = self._rows(plan)
+        if plan.privacy.mechanism != "none" and (fault := self.resources.probed.fault(model, names, rows)):
+            log.warning("the plan cannot be trained privately here: %s", fault)
+            return RefusalReason.MODEL
         reservation = self.ledger.reserve(
             request.plan_digest,
             request.round,
@@ -167,18 +179,21 @@ class Site:
         if isinstance(reservation, RefusalReason):
             return reservation
         self.audit.append("round reserved", run=request.run_id, round=request.round, request=digest)
-        names = model.trained_in(phase, request.round)
         payload = egress.release(self._update(plan, request, reservation, model, names), model.spec.part(names))
         self.ledger.record(reservation, payload)
         self.audit.append("round released", run=request.run_id, round=request.round, request=digest)
         return payload
 
+    def _rows(self, plan: Plan) -> int:
+        """Rows of a physical batch: so many that no unit of several examples is cut in two."""
+        if plan.privacy.unit == EXAMPLE:
+            return self.resources.physical_batch
+        return max(self.resources.physical_batch, plan.privacy.max_examples_per_unit)
+
     def _update(
         self, plan: Plan, request: TrainRequest, reservation: Reservation, model: AdaptedModel, names: tuple[str, ...]
     ) -> AdapterState:
-        mechanism = mechanism_for(
-            plan.privacy.mechanism, reservation.phase, self.policy.public_size, reservation.secret
-        )
+        mechanism = mechanism_for(plan.privacy, reservation.phase, self.policy.public_size, reservation.secret)
         return train_round(
             model,
             self._examples(plan, model),
@@ -187,7 +202,8 @@ class Site:
             names,
             mechanism,
             reservation.secret,
-            self.resources.physical_batch,
+            self._rows(plan),
+            plan.privacy.max_examples_per_unit,
         )
 
     def _examples(self, plan: Plan, model: AdaptedModel) -> Examples:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from client.privacy.mechanism import PrivacyMechanism
-from client.privacy.sampling import RoundSecret
+from client.privacy.sampling import RoundSecret, examples_of
 from common.adapted import AdaptedModel, Cut
 from common.adapter import AdapterState
 from common.config import PhaseSection
@@ -29,12 +29,14 @@ def train_round(
     mechanism: PrivacyMechanism,
     secret: RoundSecret,
     rows: int,
+    most: int = 1,
     step_done: Callable[[], None] = lambda: None,
 ) -> AdapterState:
     """Runs the phase's local steps and returns θ_local − θ_received of exactly ``names``, fp32.
 
     Args:
-        rows: rows of one physical batch.
+        rows: rows of one physical batch; with units of several examples at least ``most``.
+        most: examples that one privacy unit contributes to a step, at most.
         step_done: called after each step (progress at the site).
     """
     names = tuple(names)
@@ -45,7 +47,8 @@ def train_round(
         with mechanism.attach(model.peft, parameters, optimizer):
             for step in range(phase.steps):
                 torch.manual_seed(secret.torch_seed("dropout", step))
-                chosen = mechanism.sample(len(examples), step)
+                units = mechanism.sample(examples.unit_count, step)
+                chosen = examples_of(examples.units, units, most, secret, step)
                 for batch in examples.batches(chosen, rows, model, cut):
                     _accumulate(model, mechanism, examples, batch, rows, cut)
                 mechanism.step(step)
@@ -58,28 +61,29 @@ def train_round(
 def _accumulate(
     model: AdaptedModel, mechanism: PrivacyMechanism, examples: Examples, batch: Batch, rows: int, cut: Cut
 ) -> None:
-    """One physical batch; if it fails, each of its examples alone, and one that fails alone contributes zero.
+    """One physical batch; if it fails, each of its units alone, and one that fails alone contributes zero.
 
-    The shape stays the same, so the other examples' gradients are the same either way. Whatever kind of error it is:
-    which examples are there must not decide whether a release comes.
+    The shape stays the same, so the other units' gradients are the same either way. Whatever kind of error it is:
+    which units are there must not decide whether a release comes.
     """
     try:
-        mechanism.accumulate(lambda: _losses(model, batch, cut))
+        mechanism.accumulate(lambda: _losses(model, batch, cut), batch.slots())
     except ConsiliumError:  # the phase or the model cannot be trained at all, with any example
         raise
     except Exception:
-        if len(batch.indices) == 1:
-            log.warning("an example failed in training and contributes zero; 'consilium site check' may tell why")
+        units = batch.by_unit()
+        if len(units) == 1:
+            log.warning("a privacy unit failed in training and contributes zero; 'consilium site check' may tell why")
             return
-        for index in batch.indices:
-            for alone in examples.batches(np.array([index]), rows, model, cut):
+        for unit in units:
+            for alone in examples.batches(unit, rows, model, cut):
                 _accumulate(model, mechanism, examples, alone, rows, cut)
 
 
 def _losses(model: AdaptedModel, batch: Batch, cut: Cut) -> torch.Tensor:
-    """Loss of each row [B]; exactly zero where the row's weight is zero."""
+    """Weighted loss of each row [B]; exactly zero where the row's weight is zero."""
     losses = model.task.per_example_loss(model.top(batch.inputs, batch.mask, cut), batch.targets)
-    return torch.where(batch.weights > 0, losses, torch.zeros_like(losses))
+    return torch.where(batch.weights > 0, losses * batch.weights, torch.zeros_like(losses))
 
 
 def _optimizer(phase: PhaseSection, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -27,11 +27,12 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
+from client.privacy.budget import segments_of
 from client.privacy.sampling import RoundSecret
 from client.privacy.secret_files import SecretFiles
 from common.errors import LedgerError
 from common.messages import PhaseStatement, PrivacyStatement, RefusalReason
-from common.privacy.accounting import Segment, rdp_epsilon
+from common.privacy.accounting import Segment, filter_epsilon
 
 SCHEMA_VERSION = 1
 
@@ -200,20 +201,14 @@ class Ledger:
         """
         with self._transaction() as db:
             row = db.execute(
-                "SELECT unit, public_size, lifetime_epsilon, lifetime_delta FROM populations WHERE name=?",
-                (population.name,),
+                "SELECT unit, public_size, lifetime_delta FROM populations WHERE name=?", (population.name,)
             ).fetchone()
             if row is None:
                 values = (*asdict(population).values(), _now())
                 db.execute("INSERT INTO populations VALUES (?,?,?,?,?,?)", values)
                 return
-            declared = {
-                "unit": population.unit,
-                "public_size": population.public_size,
-                "lifetime_delta": population.lifetime_delta,
-            }
-            for (field, value), known in zip(declared.items(), (row[0], row[1], row[3]), strict=True):
-                if value != known:
+            for field, known in zip(("unit", "public_size", "lifetime_delta"), row, strict=True):
+                if (value := getattr(population, field)) != known:
                     raise LedgerError(
                         f"policy.{field} = {value}: population '{population.name}' was declared with {known}, which is "
                         "fixed for its lifetime; put the old value back"
@@ -270,8 +265,8 @@ class Ledger:
     def approve(self, digest: str) -> Decision:
         """Reserves the plan's whole cost under the population's lifetime limit, atomically, or refuses the plan.
 
-        The lifetime limit is on the Rényi divergence of everything reserved so far and this plan, on fixed orders,
-        converted at the population's δ.
+        The limit is a Rényi filter over all steps ever reserved: plans are chosen after seeing earlier releases. What
+        is executed is part of what is reserved, so it holds for that too (:mod:`common.privacy.renyi`).
         """
         with self._transaction() as db:
             entry = self.plan(digest)
@@ -300,13 +295,12 @@ class Ledger:
         )
 
     def _affordable(self, db: sqlite3.Connection, digest: str, statement: PrivacyStatement) -> bool:
-        (population,) = db.execute("SELECT population FROM plans WHERE digest=?", (digest,)).fetchone()
-        limit, delta = db.execute(
-            "SELECT lifetime_epsilon, lifetime_delta FROM populations WHERE name=?", (population,)
+        population, limit, delta = db.execute(
+            "SELECT name, lifetime_epsilon, lifetime_delta FROM populations JOIN plans ON population=name "
+            "WHERE digest=?",
+            (digest,),
         ).fetchone()
-        new = [Segment(p.sample_rate, p.noise_multiplier, p.steps) for p in statement.phases if p.noise_multiplier > 0]
-        total = [*self.reserved(population), *new]
-        return not total or rdp_epsilon(total, delta) <= limit
+        return bool(filter_epsilon([*self.reserved(population), *segments_of(statement)], delta) <= limit)
 
     def reserved(self, population: str) -> list[Segment]:
         """Everything ever reserved by approved plans of a population. Nothing leaves this list."""
@@ -346,11 +340,15 @@ class Ledger:
 
         A round that is already funded for the same request gives the same reservation again (after a crash); if its
         secret is gone it can never be executed again.
+
+        Raises:
+            LedgerError: the phase would execute more steps than its plan has reserved.
         """
         with self._transaction() as db:
             row = db.execute(
-                "SELECT sample_rate, noise_multiplier, clip_norm FROM reservations WHERE plan=? AND name=?",
-                (plan, phase),
+                "SELECT sample_rate, noise_multiplier, clip_norm, steps - (SELECT COALESCE(SUM(steps), 0) FROM charges "
+                "WHERE plan=? AND phase=name) FROM reservations WHERE plan=? AND name=?",
+                (plan, plan, phase),
             ).fetchone()
             if row is None:
                 return RefusalReason.UNKNOWN_PLAN
@@ -363,6 +361,8 @@ class Ledger:
                 return Reservation(plan, round, request_digest, funded, secret) if secret else RefusalReason.SEED_LOST
             if round < self._last_round(db, plan):
                 return RefusalReason.OUT_OF_ORDER
+            if steps > row[3]:
+                raise LedgerError(f"plan {plan[:12]}: phase '{phase}' has {row[3]} reserved steps left, not {steps}")
             secret = fresh()
             self._secrets.write(plan, round, secret)
             db.execute(

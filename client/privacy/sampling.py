@@ -3,8 +3,9 @@
 A round has one 32-byte secret. Everything random in it (who is sampled, the noise, dropout) is derived from the secret
 by HMAC-SHA256 with a label and the step, so that a crash re-executes the same release and nothing else can.
 
-Sampling and noise are read from SHAKE-256 over the derived 32 bytes, not from a generator that is merely seeded with
-them: torch's CPU generator keeps the low 32 bits of its seed, and whoever sees a release could try them all.
+Sampling is read from SHAKE-256 over the derived 32 bytes, and noise that is released from as strong a stream
+(:mod:`common.privacy.noise`), not from a generator that is merely seeded with them: torch's CPU generator keeps the low
+32 bits of its seed, and whoever sees a release could try them all.
 """
 
 from __future__ import annotations
@@ -47,14 +48,6 @@ class RoundSecret:
         words = np.frombuffer(hashlib.shake_256(self.derive(label, step)).digest(8 * n), "<u8")
         return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-    def normal(self, label: str, step: int, n: int) -> npt.NDArray[np.float64]:
-        """``n`` independent standard normal values (Box and Muller 1958, Annals of Mathematical Statistics 29)."""
-        pairs = (n + 1) // 2
-        uniform = self.uniform(label, step, 2 * pairs)
-        radius = np.sqrt(-2.0 * np.log1p(-uniform[:pairs]))
-        angle = 2.0 * np.pi * uniform[pairs:]
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:n]
-
 
 def poisson_sample(n: int, sample_rate: float, secret: RoundSecret, step: int) -> npt.NDArray[np.int64]:
     """Indices of the units in this step: each of the ``n`` independently with probability ``sample_rate``.
@@ -63,3 +56,29 @@ def poisson_sample(n: int, sample_rate: float, secret: RoundSecret, step: int) -
     a fixed size are not. The result may be empty.
     """
     return np.flatnonzero(secret.uniform("sample", step, n) < sample_rate)
+
+
+def examples_of(
+    units: npt.NDArray[np.int64] | None, chosen: npt.NDArray[np.int64], most: int, secret: RoundSecret, step: int
+) -> npt.NDArray[np.int64]:
+    """The examples that the chosen units contribute in this step: at most ``most`` of each, drawn afresh every step.
+
+    Which of its own examples a unit contributes is no one else's concern and costs no privacy: its contribution is
+    clipped as a whole, whatever they are.
+
+    Args:
+        units: [n] number of each example's unit; ``None``: each example is a unit of its own.
+        chosen: units of this step.
+
+    Returns:
+        Indices of examples, in increasing order.
+    """
+    if units is None:
+        return chosen
+    taking_part = np.zeros(int(units.max(initial=-1)) + 2, bool)
+    taking_part[chosen] = True  # the last entry stands for rows of no unit, number -1
+    members = np.flatnonzero(taking_part[units])
+    order = members[np.lexsort((secret.uniform("examples", step, len(units))[members], units[members]))]
+    starts = np.flatnonzero(np.diff(units[order], prepend=-1))
+    rank = np.arange(len(order)) - np.repeat(starts, np.diff([*starts, len(order)]))
+    return np.sort(order[rank < most])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 from collections.abc import Callable
@@ -175,6 +176,35 @@ def test_without_privacy_is_loud_and_claims_nothing(command: Command, run_toml: 
     assert code == 0 and "NO privacy promise" in stderr and "no privacy claimed" in stdout
     sites = json.loads((tmp_path / "out" / "summary.json").read_text())["sites"]
     assert all(entry["privacy"]["epsilon"] is None for entry in sites.values())
+
+
+def test_with_a_privacy_unit_everything_is_counted_in_units(
+    command: Command, run_toml: Path, tmp_path: Path, triage_data: Path
+) -> None:
+    data = tmp_path / "by-patient"
+    data.mkdir()
+    for split in ("validation", "test"):  # held-out files of a folder need no such column
+        (data / f"{split}.csv").write_text((triage_data / f"{split}.csv").read_text(encoding="utf-8"), encoding="utf-8")
+    with (triage_data / "train.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.reader(stream))
+    with (data / "train.csv").open("w", newline="", encoding="utf-8") as stream:
+        table = [[*row, f"p{number // 3}"] for number, row in enumerate(rows[1:])]
+        csv.writer(stream).writerows([[*rows[0], "patient"], *table])
+    with (data / "train.csv").open(newline="", encoding="utf-8") as stream:
+        patients = {(row["hospital"], row["patient"]) for row in csv.DictReader(stream)}
+    settings = ["--set", f"data.path={data}", "--set", "data.privacy_unit=patient"]
+    code, _, _ = command("simulate", "--config", run_toml, *settings, "--out", tmp_path / "out")
+    assert code == 0
+    for site, entry in json.loads((tmp_path / "out" / "summary.json").read_text())["sites"].items():
+        assert entry["public_size"] == sum(hospital == site for hospital, _ in patients)
+        assert entry["privacy"]["unit"] == "patient" and 7.9 < entry["privacy"]["epsilon"] <= 8.0
+    code, _, stderr = command(
+        "simulate", "--config", run_toml, "--set", "privacy.unit=patient", "--out", tmp_path / "no column"
+    )
+    assert code == 2 and "data.privacy_unit: is missing" in stderr
+    (data / "train.csv").write_text("text,label,hospital,patient\nfever,urgent,north,\n", encoding="utf-8")
+    code, _, stderr = command("simulate", "--config", run_toml, *settings, "--out", tmp_path / "nobody")
+    assert code == 2 and "no row of site 'north' names its unit" in stderr
 
 
 def test_early_stopping_ends_a_phase_and_not_the_run(command: Command, run_toml: Path, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def clipped_sum(
     clip_norm: float = 1.0,
     rows: int = 4,
     mechanism: PrivacyMechanism | None = None,
+    most: int = 1,
 ) -> AdapterState:
     """What one full-batch step of the real trainer and mechanism sums up, per tensor, with noise too small to see.
 
@@ -108,9 +109,10 @@ def clipped_sum(
         received,
         PhaseSection(name="phase", rounds=1, sample_rate=1.0, learning_rate=1024.0, train=("lora",)),
         names,
-        mechanism or DPSGD(statement, 1, SECRET),
+        mechanism or DPSGD(statement, 1, SECRET, "fast"),
         SECRET,
         rows,
+        most,
     )
     return {name: array / -1024 for name, array in update.items()}
 

@@ -34,6 +34,7 @@ from common.errors import CoverageError
 from common.examples import Examples
 from common.messages import PhaseStatement, Tensors
 from common.model import Placement, layer_stack
+from common.privacy.noise import Grid, rounded_gaussian
 from common.tasks.base import Encoded
 
 Build = Callable[..., AdaptedModel]
@@ -271,8 +272,9 @@ def test_an_empty_batch_is_a_step_of_noise_alone(build: Build, kind: str, items:
         SECRET,
         4,
     )
-    noise = SECRET.normal("noise", 0, len(flat(update)))
-    assert np.allclose(flat(update), -1.0 * noise, rtol=1e-5, atol=1e-6)
+    spacing = Grid.of(1.0).spacing
+    drawn = rounded_gaussian(SECRET.derive("noise", 0), 1 / spacing, len(flat(update)))
+    assert np.allclose(flat(update), -spacing * drawn, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bfloat16_groups", [("head", "B"), ("head", "A", "B")])
@@ -356,9 +358,11 @@ def test_other_modules_with_a_rule_are_clipped_exactly() -> None:
     parameters = dict(model.named_parameters())
     rows = [torch.autograd.grad(model(row).sum(), list(parameters.values())) for row in inputs]
     gradients = np.stack([torch.cat([part.flatten() for part in row]).double().numpy() for row in rows])
-    mechanism = DPSGD(PhaseStatement("phase", 1.0, 1e-30, 1.0, 1), 1, SECRET)
-    with mechanism.attach(model, parameters, torch.optim.SGD(parameters.values(), lr=0.0)):
+    mechanism = DPSGD(PhaseStatement("phase", 1.0, 1e-30, 1.0, 1), 1, SECRET, "fast")
+    before = nn.utils.parameters_to_vector(parameters.values()).detach()
+    with mechanism.attach(model, parameters, torch.optim.SGD(parameters.values(), lr=1.0)):
         mechanism.accumulate(lambda: model(inputs).squeeze(1))
-        found = torch.cat([parameter.summed_grad.flatten() for parameter in parameters.values()]).numpy()
+        mechanism.step(0)
+    found = (before - nn.utils.parameters_to_vector(parameters.values()).detach()).numpy()
     assert np.linalg.norm(gradients, axis=1).max() > 1
     assert np.allclose(found, clipped_by_hand(gradients, 1.0).sum(axis=0), atol=2e-6)

@@ -27,7 +27,9 @@ from small_sites import (
 )
 
 import client.privacy.mechanism
-from client.privacy.mechanism import DPSGD, SecretNoise
+import client.privacy.noisy_sum
+from client.privacy.mechanism import DPSGD
+from client.privacy.noisy_sum import GridSum, rounded_gaussian
 from client.privacy.sampling import RoundSecret, poisson_sample
 from client.trainer import train_round
 from common.adapted import AdaptedModel
@@ -50,8 +52,8 @@ class Executed:
     """Rate and indices of each draw."""
     trained: list[list[int]] = field(default_factory=list)
     """Indices that reached the model in each step."""
-    noise: list[tuple[float, float]] = field(default_factory=list)
-    """σ and C of each addition of noise."""
+    noise: list[float] = field(default_factory=list)
+    """Standard deviation of each addition of noise."""
     normal: list[npt.NDArray[np.float64]] = field(default_factory=list)
 
 
@@ -59,7 +61,7 @@ class Executed:
 def instrumented(monkeypatch: pytest.MonkeyPatch) -> Iterator[Executed]:
     """Watches the sampler, the physical batches and the noise of the real mechanism."""
     executed = Executed()
-    batches, add_noise = Examples.batches, SecretNoise.add_noise
+    batches, take = Examples.batches, GridSum.take
 
     def sample(n: int, rate: float, secret: RoundSecret, step: int) -> npt.NDArray[np.int64]:
         chosen = poisson_sample(n, rate, secret, step)
@@ -72,15 +74,21 @@ def instrumented(monkeypatch: pytest.MonkeyPatch) -> Iterator[Executed]:
             executed.trained[-1] += batch.indices.tolist()
             yield batch
 
-    def noisy(self: SecretNoise) -> None:
-        add_noise(self)
-        executed.noise.append((self.noise_multiplier, self.max_grad_norm))
-        executed.normal.append(self._normal)
+    def taken(self: GridSum, *arguments: Any) -> list[torch.Tensor]:
+        def drawn(key: bytes, deviation: float, n: int) -> npt.NDArray[np.int64]:
+            values = rounded_gaussian(key, deviation, n)
+            executed.noise.append(deviation * self.grid.spacing)
+            executed.normal.append(values / deviation)
+            return values
+
+        with monkeypatch.context() as patch:
+            patch.setattr(client.privacy.noisy_sum, "rounded_gaussian", drawn)
+            return take(self, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(client.privacy.mechanism, "poisson_sample", sample)
         patch.setattr(Examples, "batches", watched)
-        patch.setattr(SecretNoise, "add_noise", noisy)
+        patch.setattr(GridSum, "take", taken)
         yield executed
 
 
@@ -190,7 +198,7 @@ def test_the_executed_rates_noise_and_steps_equal_the_ledgers_rows(
             assert len(executed.drawn) == len(executed.noise), "each step draws once and adds noise once"
     charged = site.ledger.charges(plan.digest())
     clip_norms = {each.name: each.clip_norm for each in plan.phases}
-    assert per_round == [(q, (sigma, clip_norms[name]), steps) for _, name, q, sigma, steps in charged]
+    assert per_round == [(q, sigma * clip_norms[name], steps) for _, name, q, sigma, steps in charged]
     assert [row[0] for row in charged] == [1, 2, 3, 4]
     for stated in statement.phases:
         rows = [row for row in charged if row[1] == stated.name]
@@ -251,25 +259,12 @@ def test_the_released_noise_is_normal_with_standard_deviation_sigma_times_clip_n
     assert abs(neighbours) < 4
 
 
-def test_normal_values_are_normal_far_into_the_tails_and_of_any_number() -> None:
-    secret = RoundSecret.fixed(2, "north", 1)
-    values = secret.normal("noise", 0, 400_001)
-    assert len(values) == 400_001
-    for beyond in (3.0, 4.0):
-        count = int((np.abs(values) > beyond).sum())
-        low, high = stats.binom.ppf([CERTAIN, 1 - CERTAIN], len(values), 2 * stats.norm.sf(beyond))
-        assert low <= count <= high
-    half = len(values) // 2
-    pairs = np.corrcoef(values[:half], values[half : 2 * half])[0, 1]
-    assert abs(pairs) < 4 / np.sqrt(half), "the two values of a pair"
-    assert len(secret.normal("noise", 0, 0)) == 0
-
-
 def test_noise_depends_on_the_whole_secret_and_not_on_the_seed_of_a_generator(monkeypatch: pytest.MonkeyPatch) -> None:
     same = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7 + 2**32)
     assert torch.equal(*(torch.randn(4, generator=each) for each in same)), "torch keeps 32 bits: why it is not used"
     monkeypatch.setattr(RoundSecret, "torch_seed", lambda *_: 7)
-    first, second = (RoundSecret(bytes(31) + last).normal("noise", 0, 1000) for last in (b"\0", b"\1"))
+    keys = [RoundSecret(bytes(31) + last).derive("noise", 0) for last in (b"\0", b"\1")]
+    first, second = (rounded_gaussian(key, 2.0**20, 1000) for key in keys)
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.15
 
 

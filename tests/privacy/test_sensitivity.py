@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from small_sites import (
 )
 
 from client import egress
+from client.privacy.clipping import clip_factors
 from client.privacy.mechanism import DPSGD, NoPrivacy, PrivacyMechanism
+from client.privacy.noisy_sum import FloatSum
 from client.trainer import train_round
 from common.adapted import AdaptedModel
 from common.config import LoraSection
@@ -35,6 +37,12 @@ from common.tasks.base import Encoded
 
 Build = Callable[..., AdaptedModel]
 SUMMED = PhaseStatement("phase", 1.0, 1e-30, 1.0, 1)
+
+
+def of_kind(mechanism: type[DPSGD] | type[NoPrivacy]) -> PrivacyMechanism:
+    """The mechanism with noise too small to see; on a grid its noise could not be that small."""
+    return DPSGD(SUMMED, 1, SECRET, "fast") if mechanism is DPSGD else NoPrivacy(SUMMED, 1, SECRET)
+
 
 KINDS = pytest.mark.parametrize("kind", ["classifier", "language_model"])
 CUTS = pytest.mark.parametrize("layers", [2, None], ids=["frozen prefix cached", "from token ids"])
@@ -94,7 +102,7 @@ def test_an_example_that_yields_nan_contributes_exactly_zero(
     broken = [*items[:3], with_token(items[3], 5), *items[4:]]
     removed = [*items[:3], None, *items[4:]]
     found, expected = (
-        clipped_sum(model, each, received, names, mechanism=mechanism(SUMMED, 1, SECRET)) for each in (broken, removed)
+        clipped_sum(model, each, received, names, mechanism=of_kind(mechanism)) for each in (broken, removed)
     )
     assert np.linalg.norm(flat(expected)) > 0.1
     if mechanism is DPSGD:
@@ -114,7 +122,7 @@ def test_an_example_that_fails_contributes_exactly_zero_and_the_others_are_uncha
     broken = [*items[:3], with_token(items[3], outside_the_vocabulary(model)), *items[4:]]
     removed = [*items[:3], None, *items[4:]]
     found, expected = (
-        clipped_sum(model, each, received, names, mechanism=mechanism(SUMMED, 1, SECRET)) for each in (broken, removed)
+        clipped_sum(model, each, received, names, mechanism=of_kind(mechanism)) for each in (broken, removed)
     )
     assert np.linalg.norm(flat(expected)) > 0.1
     assert np.allclose(flat(found), flat(expected), rtol=0, atol=2e-6)
@@ -163,7 +171,7 @@ def test_what_no_example_could_train_is_still_an_error(build: Build, monkeypatch
     def refuse(*_: object) -> None:
         raise CoverageError("privacy: nothing can be clipped here")
 
-    monkeypatch.setattr("client.privacy.mechanism.finite_rows", refuse)
+    monkeypatch.setattr("client.privacy.mechanism.unit_gradients", refuse)
     with pytest.raises(CoverageError):
         clipped_sum(model, encoded(model, 3), random_state(model), names_of(model, ("head",)))
 
@@ -172,19 +180,21 @@ def test_a_batch_that_fails_half_way_is_not_counted_twice(build: Build, monkeypa
     model = build("classifier")
     names, received, items = names_of(model, ("head", "B")), random_state(model), encoded(model, 6, longest=10)
     expected = clipped_sum(model, items, received, names)
-    mechanism = DPSGD(SUMMED, 1, SECRET)
     failures = iter([True])
-    clip = torch.einsum
-    calls = []
+    add = FloatSum.add
 
-    def out_of_memory(*arguments: Any) -> torch.Tensor:
-        calls.append(arguments[0])
-        if arguments[0] == "i,i..." and len(calls) > 3 and next(failures, False):
+    class Fails(list[torch.Tensor]):
+        """A gradient whose last tensors cannot be had."""
+
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            yield self[0]
             raise torch.OutOfMemoryError("in the middle of a batch's sums")
-        return clip(*arguments)
 
-    monkeypatch.setattr("opacus.optimizers.optimizer.torch.einsum", out_of_memory)
-    found = clipped_sum(model, items, received, names, mechanism=mechanism)
+    def out_of_memory(self: FloatSum, gradients: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
+        add(self, Fails(gradients) if next(failures, False) else gradients, factors)
+
+    monkeypatch.setattr(FloatSum, "add", out_of_memory)
+    found = clipped_sum(model, items, received, names)
     assert next(failures, None) is None, "it did fail"
     assert np.allclose(flat(found), flat(expected), rtol=0, atol=2e-6)
 
@@ -213,14 +223,32 @@ def test_a_hostile_adapter_still_yields_a_finite_release_of_the_whole_layout(
     assert all(np.isfinite(array).all() for array in sent.values())
 
 
+@pytest.mark.parametrize("noise", ["fast", "secure"])
 @pytest.mark.parametrize("norm", [1e20, 1e30])
-def test_a_gradient_too_large_for_its_norm_contributes_zero_and_the_others_their_share(norm: float) -> None:
+def test_a_gradient_whose_square_is_beyond_fp32_is_clipped_like_any_other(norm: float, noise: str) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 1)).train()
     parameters = dict(model.named_parameters())
     inputs = torch.tensor([[3.0, 0, 0], [norm, norm, 0], [0, 4.0, 0]])
-    mechanism: PrivacyMechanism = DPSGD(SUMMED, 1, SECRET)
+    mechanism: PrivacyMechanism = DPSGD(PhaseStatement("phase", 1.0, 1e-4, 1.0, 1), 1, SECRET, noise)
+    before = torch.nn.utils.parameters_to_vector(parameters.values()).detach()
     with mechanism.attach(model, parameters, torch.optim.SGD(parameters.values(), lr=1.0)):
         mechanism.accumulate(lambda: model(inputs).squeeze(1))
-        found = torch.cat([parameter.summed_grad.flatten() for parameter in parameters.values()])
+        mechanism.step(0)
+    found = before - torch.nn.utils.parameters_to_vector(parameters.values()).detach()
     first, third = np.array([3, 0, 0, 1]) / np.sqrt(10), np.array([0, 4, 0, 1]) / np.sqrt(17)
-    assert np.allclose(found.numpy(), first + third, atol=1e-6)
+    second = np.array([1, 1, 0, 0]) / np.sqrt(2)
+    assert np.allclose(found.numpy(), first + second + third, atol=1e-3)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e10, 1e30, 1e36, 3e38])
+@pytest.mark.parametrize("clip_norm", [1e-6, 1.0, 1e6])
+def test_no_rounding_lets_a_contribution_exceed_the_clip_norm(size: float, clip_norm: float) -> None:
+    values = np.random.default_rng(0).uniform(-size, size, (4, 5000)).astype(np.float32)
+    gradients = [torch.from_numpy(values[:, :4000]), torch.from_numpy(values[:, 4000:])]
+    factors = clip_factors(gradients, clip_norm)
+    clipped = (torch.cat(gradients, 1) * factors[:, None]).double()
+    norms = clipped.norm(dim=1).numpy()
+    assert (norms <= clip_norm).all()
+    true = np.linalg.norm(values.astype(np.float64), axis=1)
+    enough = clip_norm / true > 2.0**-120
+    assert np.allclose(norms[enough], np.minimum(true, clip_norm)[enough], rtol=1e-5)

@@ -22,8 +22,8 @@ import grpc
 import numpy as np
 import pytest
 import tomli_w
+import torch
 from flwr.common.serde import recorddict_to_proto
-from opacus.optimizers import DPOptimizer
 from safetensors.numpy import load_file, save_file
 from small_sites import classifier, language_model, phase, plan_for, random_state, request_for, shown
 from transformers import AutoTokenizer
@@ -32,6 +32,7 @@ import client.app
 from client.agent import Agent
 from client.assemble import build_site
 from client.config import read_site_config
+from client.privacy.noisy_sum import GridSum
 from client.privacy.sampling import RoundSecret
 from common import wire
 from common.adapted import AdaptedModel
@@ -170,14 +171,14 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def sums_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is computed as ever, and then the clipped sum is taken for zero."""
-    clip = DPOptimizer.clip_and_accumulate
+    add = GridSum.add
 
-    def zeros(self: DPOptimizer) -> None:
-        clip(self)
-        for parameter in self.params:
-            parameter.summed_grad = parameter.new_zeros(parameter.shape)
+    def zeros(self: GridSum, gradients: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
+        before = self._sums
+        add(self, gradients, factors)
+        self._sums = before
 
-    monkeypatch.setattr(DPOptimizer, "clip_and_accumulate", zeros)
+    monkeypatch.setattr(GridSum, "add", zeros)
 
 
 # ------------------------------------------------------------------------------------------------- what leaves a site

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 
 import client.cli
 import consilium
@@ -77,8 +78,14 @@ def test_an_interrupt_is_one_line_and_exit_code_130(ends: Callable[..., End], mo
     assert ends("site", "ledger") == (130, "", message)
 
 
-def test_an_exit_code_that_a_command_chooses_is_kept(ends: Callable[..., End], monkeypatch: pytest.MonkeyPatch) -> None:
-    faults = {"data": {"default": {"rows": 1, "faults": 1, "first_faults": []}}, "shared": {}}
-    monkeypatch.setattr("client.config.read_site_config", lambda path: None)
-    monkeypatch.setattr("client.check.check_site", lambda *_: faults)
-    assert ends("site", "check")[0] == 2
+def test_an_exit_code_that_a_command_chooses_is_kept(ends: Callable[..., End], tmp_path: Path, tiny_bert: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label\n,routine\nmild cough,routine\n")
+    tables = {
+        "site": {"name": "north"},
+        "models": [str(tiny_bert)],
+        "data": {"default": {"path": "train.csv"}},
+        "policy": {"public_size": 2, "lifetime_epsilon": 8.0, "max_epsilon": 8.0},
+    }
+    (tmp_path / "site.toml").write_text(tomli_w.dumps(tables))
+    code, stdout, stderr = ends("site", "check", "--config", str(tmp_path / "site.toml"))
+    assert (code, stderr) == (2, "") and "1 rows cannot be learnt from" in stdout

@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,6 +15,7 @@ from small_sites import LABELS, classifier, language_model, phase, plan_for, pol
 
 import client.assemble
 from client.assemble import build_site, declared_size, encode_each
+from client.check import check_site
 from client.config import SiteConfig, read_site_config
 from common.adapted import AdaptedModel
 from common.config import LoraSection
@@ -167,3 +169,100 @@ def test_one_odd_label_does_not_change_how_a_file_of_integers_is_read(
         rows = read_rows(str(tmp_path / f"{name}.parquet"), "train", ["text", "label"], {})
         found.append([item and int(item.target) for item in encode_each(rows, model)])
     assert found == [[0, 1, 2], [0, 1, None]]
+
+
+def with_patients(folder: Path, model: Path) -> SiteConfig:
+    """Four rows of two patients, and one row of nobody."""
+    config = site_toml(
+        folder,
+        model,
+        data={"default": {"path": "train.csv", "privacy_unit": "patient"}},
+        policy={"unit": "patient", "public_size": "exact"},
+    )
+    with (folder / "train.csv").open("w", newline="") as stream:
+        patients = ("ann", "bob", " ann", "")
+        rows = [(*row, patient) for row, patient in zip(ROWS, patients, strict=True)]
+        csv.writer(stream).writerows([("text", "label", "patient"), *rows])
+    return config
+
+
+def test_a_site_counts_and_draws_patients_where_its_unit_is_the_patient(
+    tiny_bert: Path, model: AdaptedModel, tmp_path: Path
+) -> None:
+    config = with_patients(tmp_path, tiny_bert)
+    assert declared_size(config) == 2
+    site, resident = build_site(config)
+    plan = plan_for(model)
+    examples = resident.examples(plan, resident.model(plan))
+    assert examples.units is not None and examples.units.tolist() == [0, 1, 0, -1]
+    assert (len(examples), examples.unit_count) == (4, 2)
+    site.ledger.close()
+
+
+def test_a_site_with_named_columns_and_a_unit_counts_its_units_when_it_starts(tiny_bert: Path, tmp_path: Path) -> None:
+    config = with_patients(tmp_path, tiny_bert)
+    named = config.data["default"].model_copy(update={"columns": {"text": "text", "label": "label"}})
+    config = config.model_copy(update={"data": {"default": named}})
+    assert declared_size(config) == 2
+    site, resident = build_site(config)
+    resident.warm_up()
+    site.ledger.close()
+
+
+def test_the_sites_check_tells_of_rows_that_name_no_unit(tiny_bert: Path, tmp_path: Path) -> None:
+    report = check_site(with_patients(tmp_path, tiny_bert), "sequence-classification", LABELS)
+    assert report["shared"]["unit"] == "patient" and report["shared"]["public_size"] == 2
+    found = report["data"]["default"]
+    assert (found["rows"], found["units"], found["faults"]) == (4, 2, 1)
+    assert found["first_faults"] == [{"row": 3, "field": "privacy_unit", "reason": "names no unit"}]
+
+
+def test_a_data_set_in_which_no_row_names_its_unit_stops_the_agent(tiny_bert: Path, tmp_path: Path) -> None:
+    config = with_patients(tmp_path, tiny_bert)
+    (tmp_path / "train.csv").write_text("text,label,patient\nfever,urgent,\n")
+    with pytest.raises(DataError, match=r"no row of .* names its unit"):
+        declared_size(config)
+
+
+@pytest.mark.parametrize(("unit", "column"), [("patient", None), ("example", "patient")])
+def test_a_unit_and_the_column_that_names_it_belong_together(
+    tiny_bert: Path, tmp_path: Path, unit: str, column: str | None
+) -> None:
+    data = {"path": "train.csv"} if column is None else {"path": "train.csv", "privacy_unit": column}
+    with pytest.raises(ConfigError, match=r"data\.default\.privacy_unit: .*policy\.unit is"):
+        site_toml(tmp_path, tiny_bert, data={"default": data}, policy={"unit": unit})
+
+
+# append to tests/unit/client/test_assemble.py; needs `import numpy as np`
+
+
+def test_frozen_activations_outlive_the_agent_and_not_the_rows_they_are_of(
+    tiny_bert: Path, model: AdaptedModel, tmp_path: Path
+) -> None:
+    config, plan = site_toml(tmp_path, tiny_bert), plan_for(model)
+    kept = tmp_path / "state" / "cache" / "data-default" / f"{model.layer_cut.key()}.prefixes"
+    written = []
+    for _ in range(2):  # the agent restarts
+        site, resident = build_site(config)
+        resident.warm_up()
+        resident_model = resident.model(plan)
+        batches = resident.examples(plan, resident_model).batches(np.arange(4), 4, resident_model, model.layer_cut)
+        assert len(list(batches)) == 1
+        written.append(kept.stat().st_mtime_ns)
+        site.ledger.close()
+    assert written[0] == written[1]
+    with (tmp_path / "train.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([("text", "label"), *ROWS[1:]])  # the first person has withdrawn
+    site, resident = build_site(config)
+    resident.warm_up()
+    assert not kept.exists()
+    site.ledger.close()
+
+
+def test_with_a_cache_limit_of_zero_nothing_is_kept(tiny_bert: Path, model: AdaptedModel, tmp_path: Path) -> None:
+    site, resident = build_site(site_toml(tmp_path, tiny_bert, device={"cache_limit": 0}))
+    plan = plan_for(model)
+    resident_model = resident.model(plan)
+    list(resident.examples(plan, resident_model).batches(np.arange(4), 4, resident_model, model.layer_cut))
+    assert list(resident.cache.rglob("*.prefixes")) == []
+    site.ledger.close()

@@ -111,7 +111,10 @@ def test_an_empty_ledger_says_so(config: Path) -> None:
 def test_check_names_every_row_that_cannot_be_learnt_from(config: Path) -> None:
     result = run(config, "check", "--labels", LABELS)
     assert result.exit_code == 2
-    assert "data 'default': 4 rows, 2 cannot be learnt from (they contribute zero)" in result.stdout
+    assert (
+        "data 'default': 4 rows, 4 privacy units (example); 2 rows cannot be learnt from (they contribute zero)"
+        in result.stdout
+    )
     assert "row 2: text is empty" in result.stdout
     assert "row 3: label 'feverish' is not one of the declared labels" in result.stdout
     report = as_json(config, "check", "--labels", LABELS)
@@ -124,5 +127,5 @@ def test_check_of_good_data_says_what_the_coordinator_will_see(config: Path) -> 
     file.write_text("\n".join(file.read_text().splitlines()[:3]) + "\n")
     result = run(config, "check", "--labels", LABELS)
     assert result.exit_code == 0
-    assert "2 rows, 0 cannot be learnt from" in result.stdout
+    assert "2 rows, 2 privacy units (example); 0 rows cannot be learnt from" in result.stdout
     assert '"public_size": 40' in result.stdout and CODE not in result.stdout

@@ -37,7 +37,7 @@ from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.errors import LedgerError
 from common.messages import PhaseStatement, PrivacyStatement, RefusalReason, Release
-from common.privacy.accounting import Segment, rdp_epsilon
+from common.privacy.accounting import Segment, filter_epsilon
 
 REPOSITORY = Path(__file__).parents[3]
 SITE = Population("site", "example", 40, 4.0, 1e-5)
@@ -50,7 +50,7 @@ STATEMENT = PrivacyStatement(
     steps=30,
     phases=(PhaseStatement("head", 1.0, 8.0, 1.0, 10), PhaseStatement("lora", 0.1, 2.0, 0.5, 20)),
 )
-COST = rdp_epsilon([Segment(1.0, 8.0, 10), Segment(0.1, 2.0, 20)], 1e-5)
+COST = filter_epsilon([Segment(1.0, 8.0, 10), Segment(0.1, 2.0, 20)], 1e-5)
 
 
 def open_ledger(folder: Path, limit: float = 4.0, **settings: Any) -> Ledger:
@@ -118,11 +118,11 @@ def test_a_plan_beyond_the_lifetime_limit_is_refused_and_reserves_nothing(tmp_pa
 
 def test_what_was_reserved_before_counts_against_the_limit(tmp_path: Path) -> None:
     both = [Segment(1.0, 8.0, 10), Segment(0.1, 2.0, 20)] * 2
-    ledger = open_ledger(tmp_path, limit=rdp_epsilon(both, 1e-5) * 0.999)
+    ledger = open_ledger(tmp_path, limit=filter_epsilon(both, 1e-5) * 0.999)
     receive(approved(ledger), "second")
     assert ledger.approve("second") is Decision.REFUSED
     ledger.close()
-    exactly = open_ledger(tmp_path / "other", limit=rdp_epsilon(both, 1e-5))
+    exactly = open_ledger(tmp_path / "other", limit=filter_epsilon(both, 1e-5))
     receive(approved(exactly), "second")
     assert exactly.approve("second") is Decision.APPROVED
     exactly.close()

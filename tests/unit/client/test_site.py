@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from small_sites import (
+    classifier,
     encoded,
     flat,
     phase,
@@ -21,6 +23,7 @@ from small_sites import (
     shown,
     site_for,
 )
+from torch import nn
 
 from client.audit_log import AuditLog
 from client.privacy.ledger import Decision, Ledger
@@ -340,6 +343,21 @@ def test_a_plan_of_another_layout_than_the_sites_model_is_refused(site: Site, mo
     plan = plan_for(model, adapter_digest="0" * 64)
     site.describe(shown(plan))
     assert reason(site.train(request_for(plan, random_state(model)))) is RefusalReason.ADAPTER_LAYOUT
+    assert site.ledger.charges(plan.digest()) == []
+
+
+def test_a_model_that_mixes_rows_is_refused_before_anything_is_charged(tiny_bert: Path, tmp_path: Path) -> None:
+    class Centred(nn.Module):
+        """Takes the batch's mean off, as a normalisation over rows would."""
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return hidden - hidden.mean(dim=0, keepdim=True)
+
+    model = classifier(tiny_bert)
+    model.network.bert.encoder.layer[3].output.dropout = Centred()
+    plan, site = plan_for(model), site_for(tmp_path, model, encoded(model, 12))
+    site.describe(shown(plan))
+    assert reason(site.train(request_for(plan, random_state(model)))) is RefusalReason.MODEL
     assert site.ledger.charges(plan.digest()) == []
 
 

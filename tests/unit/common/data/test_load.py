@@ -21,10 +21,12 @@ TASK = task_of(TaskSection(labels=("urgent", "routine", "review")))
 
 
 def test_rows_come_with_the_values_of_the_site_column_beside_them(triage_data: Path) -> None:
-    rows, sites = load_rows(str(triage_data), "train", TASK, {}, "hospital")
+    loaded = load_rows(str(triage_data), "train", TASK, {}, "hospital")
+    rows, sites = loaded.rows, loaded.sites
     assert set(rows) == {"text", "label"}
     assert {site: sites.count(site) for site in sites} == {"north": 40, "south": 25, "west": 12}
-    without, none = load_rows(str(triage_data), "train", TASK, {})
+    plain = load_rows(str(triage_data), "train", TASK, {})
+    without, none = plain.rows, plain.sites
     assert (without, none) == (rows, [])
 
 
@@ -35,9 +37,10 @@ def test_of_a_single_file_no_row_is_learnt_from_and_tested_on(triage_data: Path,
     notes = "".join(file.partition("\n")[2] for file in files)
     (tmp_path / "all.csv").write_text(f"{header}\n{notes}", encoding="utf-8")
     source = str(tmp_path / "all.csv")
-    trained, sites = load_rows(source, "train", TASK, {}, "hospital")
+    learnt = load_rows(source, "train", TASK, {}, "hospital")
+    trained, sites = learnt.rows, learnt.sites
     assert len(sites) == len(trained["text"])
-    held_out = [load_rows(source, split, TASK, {})[0]["text"] for split in ("validation", "test")]
+    held_out = [load_rows(source, split, TASK, {}).rows["text"] for split in ("validation", "test")]
     assert not set(trained["text"]) & {*held_out[0], *held_out[1]}
     assert len(trained["text"]) + len(held_out[0]) + len(held_out[1]) == 137
 
@@ -54,7 +57,7 @@ def test_rows_that_cannot_be_learnt_from_are_told_with_the_first_reasons(
         rows = csv.writer(file)
         rows.writerows([["text", "label"], ["rash", "urgent"], ["", "urgent"], ["rash", "bad"], [" ", "worse"]])
     model = adapted_model(tiny_bert)
-    loaded, _ = load_rows(str(tmp_path), "train", model.task, {})
+    loaded = load_rows(str(tmp_path), "train", model.task, {}).rows
     with pytest.raises(DataError) as caught:
         encode_all(loaded, model.task, model.base.tokenizer, "train.csv")
     assert str(caught.value) == (
@@ -65,7 +68,7 @@ def test_rows_that_cannot_be_learnt_from_are_told_with_the_first_reasons(
 
 def test_good_rows_become_examples(triage_data: Path, tiny_bert: Path, adapted_model: Load) -> None:
     model = adapted_model(tiny_bert)
-    loaded, _ = load_rows(str(triage_data), "test", model.task, {})
+    loaded = load_rows(str(triage_data), "test", model.task, {}).rows
     examples = encode_all(loaded, model.task, model.base.tokenizer, "test")
     assert len(examples) == 30 and all(item is not None for item in examples.encoded)
 
