@@ -172,6 +172,19 @@ def _between(times: list[float]) -> list[float]:
     return [round(after - before, 3) for before, after in pairwise(times)]
 
 
+def summary(result: dict[str, Any]) -> str:
+    """One paragraph for the README."""
+    where = f"{result['environment']['cpu']}, {result['environment']['cores']} cores"
+    rounds = sum(len(turn["consilium"]) for turn in result["seconds"])
+    return (
+        f"Deployment (`benchmarks/deployment.py`, {where}): SuperLink with TLS and node keys, {result['sites']} "
+        f"SuperNodes and site agents on one machine. Median seconds per round: "
+        f"{result['median_seconds']['consilium']:.1f}, training a tiny model, evaluation and checkpoint "
+        f"included; an empty Flower round {result['median_seconds']['empty']:.1f}. Ratio {result['ratio']:.2f} "
+        f"(by turn {', '.join(f'{ratio:.2f}' for ratio in result['ratio_by_turn'])}; {rounds} rounds of each)."
+    )
+
+
 def main() -> None:
     """Runs both apps in turns and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -206,6 +219,7 @@ def main() -> None:
         "load_average_before": [round(value, 2) for value in load_before],
         "environment": environment(),
     }
+    result["summary"] = summary(result)
     arguments.out.parent.mkdir(exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"ratio {result['ratio']} (by turn {result['ratio_by_turn']}), median seconds {result['median_seconds']}")

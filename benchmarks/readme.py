@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from environment import RESULTS
 
@@ -23,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PLAN = "privacy plan --examples 1200 --batch 60 --rounds 10 --steps 4 --epsilon 3"
 MISTYPED = (
-    '[task]\nname = "sequence-classification"\nlabels = ["urgent", "routine"]\n[privacy]\nepsilom = 3\nunit = "row"\n'
+    '[task]\nname = "sequence-classification"\nlabels = ["urgent", "routine"]\n[privacy]\nepsilom = 3\nnoise = "safe"\n'
 )
 
 
@@ -53,7 +54,8 @@ def measured() -> str:
             "Default recipe on medquad_qtype, nine natural sites, test split, mean ± spread "
             "over seeds "
             "(`benchmarks/medquad.py`; settings were chosen on validation data, "
-            "and that choice is not charged to ε):\n\n" + text.partition("\n\n")[0]
+            "and that choice is not charged to ε; measured before noise moved to the grid, "
+            "see below for seed 0 since):\n\n" + text.partition("\n\n")[0]
         )
     if (RESULTS / "simulation.json").exists():
         result = json.loads((RESULTS / "simulation.json").read_text(encoding="utf-8"))
@@ -71,7 +73,35 @@ def measured() -> str:
     if (RESULTS / "deployment.json").exists():
         result = json.loads((RESULTS / "deployment.json").read_text(encoding="utf-8"))
         parts.append(str(result["summary"]))
+    if (RESULTS / "privacy_unit.md").exists():
+        text = (RESULTS / "privacy_unit.md").read_text(encoding="utf-8")
+        parts.append(
+            "The same recipe by example and with a larger privacy unit, the subject of a text, seed 0 alone "
+            "(`benchmarks/privacy_unit.py`):\n\n" + text.partition("\n\n")[0]
+        )
+    if (RESULTS / "dp_step.json").exists():
+        parts.append(_dp_steps(json.loads((RESULTS / "dp_step.json").read_text(encoding="utf-8"))))
     return "\n\n".join(parts) or "Nothing yet."
+
+
+def _dp_steps(cells: dict[str, Any]) -> str:
+    """A private step against a plain one, cell by cell."""
+    arms = ("fused", "secure", "hooks", "ghost")
+    where = next(iter(cells.values()))["environment"]
+    lines = [
+        f"A DP step over the same step without privacy (`benchmarks/dp_step.py`, MiniLM shape, rank 8, {where['cpu']}, "
+        "one thread): median of the ratios of CPU time, in brackets the upper 95 % bound of that median, and peak "
+        "memory of tensors for the secure engine. *fused* and *secure* are Consilium's, with fast and secure noise; "
+        "*hooks* and *ghost* are Opacus's.\n",
+        "| batch, length, adapted | " + " | ".join(arms) + " | memory | steps |",
+        "|---" * (len(arms) + 3) + "|",
+    ]
+    for name, cell in cells.items():
+        times = [cell["time"][arm]["cpu"] for arm in arms]
+        shown = " | ".join(f"{time['median']:.2f} ({time['upper']:.2f})" for time in times)
+        memory = cell["memory"]["secure"]["tensors"]["ratio"]
+        lines.append(f"| {name.replace('-', ', ')} | {shown} | {memory:.2f} | {cell['pairs']} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -83,6 +113,7 @@ def main() -> None:
         (Path(folder) / "mine.toml").write_text(MISTYPED, encoding="utf-8")
         error = output("simulate", "--config", "mine.toml", cwd=Path(folder))
     blocks = {"plan": _fenced(output(*PLAN.split())), "error": _fenced(error), "measured": measured()}
+    blocks["audit"] = _fenced(output("privacy", "audit", "--config", "examples/medquad_qtype.toml", "--quick"))
     if arguments.demo_output:
         blocks["demo"] = _fenced(shortened(arguments.demo_output.read_text(encoding="utf-8")))
     text = README.read_text(encoding="utf-8")
