@@ -1,6 +1,6 @@
 """The command line: assembles the sub-commands of the folders, and turns errors into one message and an exit code.
 
-Exit codes: 0 done, 2 bad input, 3 the run failed (it can be resumed), 130 interrupted.
+Exit codes: 0 done, 1 an audit found a fault, 2 bad input, 3 the run failed (it can be resumed), 130 interrupted.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import click
 import typer
 
 import client.cli
+import client.privacy.audit.cli
 import common.privacy.cli
 import server.cli
 import simulations.cli
@@ -51,6 +52,7 @@ app.command("simulate", help=simulations.cli.HELP)(simulations.cli.simulate_comm
 app.command("predict", help=server.cli.PREDICT_HELP)(server.cli.predict_command)
 app.add_typer(server.cli.app, name="server")
 app.add_typer(client.cli.app, name="site")
+common.privacy.cli.app.command("audit", help=client.privacy.audit.cli.HELP)(client.privacy.audit.cli.audit_command)
 app.add_typer(common.privacy.cli.app, name="privacy")
 
 

@@ -37,13 +37,23 @@ class HeldOut:
         return hashlib.sha256(repr(sorted(self.rows.items())).encode()).hexdigest()
 
 
-def held_out(model: AdaptedModel, source: str, split: str, columns: Mapping[str, str], limit: int | None) -> HeldOut:
+def held_out(
+    model: AdaptedModel,
+    source: str,
+    split: str,
+    columns: Mapping[str, str],
+    limit: int | None,
+    unit_column: str | None = None,
+) -> HeldOut:
     """Reads and encodes one split.
+
+    Args:
+        unit_column: of a single file that is also learnt from: the privacy unit, all of whose rows are in one split.
 
     Raises:
         DataError: missing, empty, or with rows that cannot be evaluated.
     """
-    rows, _ = load_rows(source, split, model.task, columns)
+    rows = load_rows(source, split, model.task, columns, unit_column=unit_column).rows
     if limit is not None and count(rows) > limit:
         rows = select(rows, range(limit))
     return HeldOut(encode_all(rows, model.task, model.base.tokenizer, f"{source} ({split})"), rows)

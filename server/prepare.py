@@ -9,6 +9,7 @@ from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.algorithms import LOCAL_RULES
 from common.config import RunConfig
+from common.data.read import is_file
 from common.errors import ConfigError
 from common.model import BaseModel, Placement, load_base, locate
 from common.plan import Plan, plan_of
@@ -56,9 +57,10 @@ def splits(config: RunConfig, model: AdaptedModel) -> dict[str, HeldOut]:
     if source is None:
         raise ConfigError("evaluation.path: is missing; give the folder of the server's own held-out data")
     columns: Mapping[str, str] = config.data.columns if evaluation.columns is None else evaluation.columns
-    found = {VALIDATION: held_out(model, source, evaluation.validation, columns, evaluation.limit)}
+    unit = config.data.privacy_unit if evaluation.path is None and is_file(source) else None
+    found = {VALIDATION: held_out(model, source, evaluation.validation, columns, evaluation.limit, unit)}
     if evaluation.test and test_exists(source, evaluation.test):
-        found[TEST] = held_out(model, source, evaluation.test, columns, evaluation.limit)
+        found[TEST] = held_out(model, source, evaluation.test, columns, evaluation.limit, unit)
     return found
 
 
@@ -85,5 +87,7 @@ def prepare(
     evaluator = evaluator or Evaluator(
         model, splits(config, model), config.evaluation.metric, config.evaluation.generate
     )
+    for phase in config.phases:
+        model.trained_in(phase, 1)  # says now if a phase asks for layers that are not there
     plan = plan_of(config, run_id, model.base.digest, model.spec.digest())
     return Prepared(config, model, plan, initial_adapter(config, model), evaluator)

@@ -14,19 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from client.audit_log import AuditLog
 from client.config import PolicySection
 from client.policy import Policy, rounded
 from client.privacy.budget import sample_rates, state_privacy
 from client.privacy.ledger import Ledger
+from client.privacy.row_independence import Probed
 from client.site import Resources, Site
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.code import code_digest
-from common.config import RunConfig
-from common.data.load import encode_all, load_rows
-from common.data.read import Rows
+from common.config import EXAMPLE, RunConfig
+from common.data.load import Loaded, encode_all, load_rows
 from common.data.split import by_column, count, dealt
+from common.data.units import count_units, renumbered
 from common.errors import ConfigError, DataError, OutputError, PrivacyError
 from common.examples import Examples
 from common.messages import SiteService
@@ -69,33 +72,45 @@ class Federation:
     """The data of all sites, encoded once, and one resident model; arms are run on it one after the other."""
 
     def __init__(self, config: RunConfig, model: AdaptedModel | None = None) -> None:
-        if config.data.path is None:
+        data = config.data
+        if data.path is None:
             raise ConfigError("data.path: is missing; give a folder, a file or a hub data set (--set data.path=PATH)")
         self.config = config
         self.model = model or resident_model(config)
-        rows, values = load_rows(
-            config.data.path, "train", self.model.task, config.data.columns, config.data.site_column
-        )
-        self.parts = self._partition(rows, values)
-        encoded = encode_all(rows, self.model.task, self.model.base.tokenizer, f"{config.data.path} (train)").encoded
+        if config.unit != EXAMPLE and data.privacy_unit is None:
+            raise ConfigError(f"data.privacy_unit: is missing; it names the column of privacy.unit = '{config.unit}'")
+        loaded = load_rows(data.path, "train", self.model.task, data.columns, data.site_column, data.privacy_unit)
+        self.parts = self._partition(loaded)
+        encoded = encode_all(loaded.rows, self.model.task, self.model.base.tokenizer, f"{data.path} (train)").encoded
         self.examples = {
-            site: Examples([encoded[index] for index in indices], self.model.task)
+            site: Examples(
+                [encoded[index] for index in indices],
+                self.model.task,
+                units=None if loaded.units is None else renumbered(loaded.units[indices]),
+            )
             for site, indices in self.parts.items()
         }
+        for site, examples in self.examples.items():
+            if not examples.unit_count:
+                raise DataError(f"data.privacy_unit = '{data.privacy_unit}': no row of site '{site}' names its unit")
+        self.probed = Probed()
         self.evaluator = Evaluator(
             self.model, splits(config, self.model), config.evaluation.metric, config.evaluation.generate
         )
 
-    def _partition(self, rows: Rows, values: list[object]) -> dict[str, list[int]]:
+    def _partition(self, loaded: Loaded) -> dict[str, list[int]]:
         if self.config.data.site_column is not None:
-            return _named(by_column(values))
+            return _named(by_column(loaded.sites))
         if self.config.data.sites is None:
             raise ConfigError("data.site_column or data.sites: one is needed, to say which rows belong to which site")
-        return dealt(count(rows), self.config.data.sites, self.config.run.seed)
+        if loaded.units is None:
+            return dealt(count(loaded.rows), self.config.data.sites, self.config.run.seed)
+        units = dealt(count_units(loaded.units), self.config.data.sites, self.config.run.seed)
+        return {site: np.flatnonzero(np.isin(loaded.units, chosen)).tolist() for site, chosen in units.items()}
 
     def public_size(self, site: str) -> int:
-        """What the simulated site declares."""
-        size = len(self.parts[site])
+        """What the simulated site declares: privacy units."""
+        size = self.examples[site].unit_count
         return size if self.config.simulation.public_size == "exact" else rounded(size)
 
     def _check_size(self, site: str, plan: Plan) -> None:
@@ -108,7 +123,7 @@ class Federation:
         for phase, rate in zip(plan.phases, sample_rates(plan, size), strict=True):
             if not 1 / size <= rate <= 1:
                 raise PrivacyError(
-                    f"phase.{phase.name}: an expected batch of {rate * size:g} examples does not fit site '{site}' "
+                    f"phase.{phase.name}: an expected batch of {rate * size:g} units does not fit site '{site}' "
                     f"with {size}; lower batch_size, use sample_rate, or drop the site"
                 )
         state_privacy(plan, size)
@@ -155,6 +170,7 @@ class Federation:
                     model=lambda plan: self.model,
                     examples=lambda plan, model, name=name: self.examples[name],  # type: ignore[misc]
                     physical_batch=arm.config.simulation.physical_batch,
+                    probed=self.probed,
                 ),
                 code_digest(),
                 fixed_seed=arm.config.simulation.seed,
@@ -176,6 +192,8 @@ class Federation:
             max_rank=config.lora.r,
             allow_no_privacy=config.privacy.mechanism == "none",
             approval="automatic",
+            unit=config.unit,
+            secure_noise=False,
         )
         return Policy(self.public_size(site), section, (config.data.name,), (self.model.base.digest,))
 
