@@ -34,7 +34,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from common.config import RunConfig, validate
+from common.config import RunConfig
+from common.toml_settings import validate
 from server.follow import run_deployment
 from server.submission import control
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from environment import RESULTS, environment
 
-from common.config import RunConfig, apply_overrides, read_toml, validate
+from common.config import RunConfig
+from common.toml_settings import apply_overrides, read_toml, validate
 from server.prepare import TEST
 from server.rounds import Silent
 from simulations.simulate import Arm, Federation

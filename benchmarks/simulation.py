@@ -31,8 +31,9 @@ from opacus.optimizers import DPOptimizer
 
 from client.privacy.sampling import RoundSecret, poisson_sample
 from common.adapted import INPUT, AdaptedModel
-from common.config import RunConfig, apply_overrides, read_toml, validate
+from common.config import RunConfig
 from common.examples import Batch
+from common.toml_settings import apply_overrides, read_toml, validate
 from server.rounds import Silent
 from simulations.simulate import Arm, Federation
 

@@ -8,12 +8,13 @@ import numpy as np
 
 from client.assemble import UNIT, declared_size, rows_of
 from client.config import SiteConfig
-from common.config import TaskSection, validate
+from common.config import TaskSection
 from common.data.split import count
 from common.data.units import NO_UNIT, count_units, units_of
 from common.model import Placement, load_base, locate
 from common.tasks.base import Fault
 from common.tasks.registry import task_of
+from common.toml_settings import validate
 
 SHOWN = 20
 

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from common.config import EXAMPLE, SCHEMA_VERSION, Count, Positive, Section, read_toml, validate
+from common.config import EXAMPLE, SCHEMA_VERSION, Count, Positive, Section
 from common.errors import ConfigError
+from common.toml_settings import read_toml, validate
 
 
 class SiteSection(Section):

@@ -1,23 +1,19 @@
-"""Every setting of a run, typed and documented, and how it is read from TOML.
+"""Every setting of a run, typed and documented; :mod:`common.toml_settings` reads them.
 
 ``RunConfig`` is what a researcher or coordinator writes (``run.toml``). What touches privacy in it becomes the
 :class:`common.plan.Plan` that sites agree to. Settings that belong to a site (paths, devices, public size) live in the
 site's own ``site.toml`` (``client/config.py``); in a simulation ``[data]`` and ``[simulation]`` synthesise them.
-
-All problems of a file are reported at once, each with the nearest known name.
 """
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_origin
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from common.algorithms import LOCAL_RULES
-from common.errors import ConfigError, did_you_mean
+from common.errors import did_you_mean
 
 SCHEMA_VERSION = 1
 
@@ -320,150 +316,3 @@ DEFAULT_PHASES: dict[str, tuple[PhaseSection, ...]] = {
     ),
     "causal-lm": (PhaseSection(name="lora", rounds=10, steps=4, sample_rate=0.05, train=("lora",), learning_rate=0.5),),
 }
-
-Settings = TypeVar("Settings", bound=BaseModel)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file.
-
-    Raises:
-        ConfigError: the file is missing or is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file; give the path of an existing TOML file") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give a readable TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: is not valid TOML: {error}") from None
-
-
-def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The tables with ``section.key=value`` settings put in; values are TOML, or plain text where that fails.
-
-    ``phase.0.rounds=3`` and ``phase.head.rounds=3`` address a phase by index or by name.
-
-    Raises:
-        ConfigError: an override has no ``=`` or addresses what is not a table.
-    """
-    result: dict[str, Any] = _copied(tables)
-    problems = []
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        keys = name.strip().split(".")
-        if not equals or not all(keys) or (len(keys) < 2 and keys != ["phase"]):
-            problems.append(f"--set {override}: expected section.key=value, e.g. --set privacy.epsilon=3")
-            continue
-        if not _put(result, keys, _toml_value(text.strip())):
-            problems.append(f"--set {override}: '{name}' does not address a setting")
-    if problems:
-        raise ConfigError(problems)
-    return result
-
-
-def validate(model: type[Settings], tables: Mapping[str, Any], source: str) -> Settings:
-    """The settings, or one ConfigError that lists every problem with the nearest known name.
-
-    Raises:
-        ConfigError: also where the settings are of a newer schema, whose names cannot be judged here.
-    """
-    version = tables.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise ConfigError(
-            f"schema_version = {version}: is newer than this installation knows ({SCHEMA_VERSION}); update it", source
-        )
-    try:
-        return model.model_validate(tables)
-    except ValidationError as error:
-        problems: dict[str, list[str]] = {}
-        for detail in error.errors(include_url=False):
-            subject, problem = _problem(model, detail)
-            problems.setdefault(subject, []).append(problem)
-        raise ConfigError([f"{subject}: {', or '.join(each)}" for subject, each in problems.items()], source) from None
-
-
-def _copied(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _copied(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_copied(item) for item in value]
-    return value
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _put(tables: dict[str, Any], keys: Sequence[str], value: Any) -> bool:
-    here: Any = tables
-    for key in keys[:-1]:
-        if isinstance(here, list):
-            named = [item for item in here if isinstance(item, dict) and item.get("name") == key]
-            if named:
-                here = named[0]
-            elif key.isdigit() and int(key) < len(here):
-                here = here[int(key)]
-            else:
-                return False
-        else:
-            here = here.setdefault(key, {})
-        if not isinstance(here, dict | list):
-            return False
-    if not isinstance(here, dict):
-        return False
-    here[keys[-1]] = value
-    return True
-
-
-_PLAINLY = {"tuple_type": "should be a list", "model_type": "should be a table", "dict_type": "should be a table"}
-"""pydantic error type → what is wrong, in the words of TOML."""
-
-
-def _problem(model: type[BaseModel], detail: Any) -> tuple[str, str]:
-    """One pydantic error: its subject (dotted name and value), and what is wrong with it."""
-    parent, location = _resolved(model, detail["loc"])
-    name = ".".join(str(part) for part in location)
-    message = _PLAINLY.get(detail["type"], detail["msg"].removeprefix("Value error, ").removeprefix("Input "))
-    if detail["type"] == "extra_forbidden":
-        known = parent.model_fields if parent is not None else {}
-        return name, f"unknown setting{did_you_mean(str(location[-1]), known)}"
-    if detail["type"] == "missing":
-        return name, "is required and missing"
-    if detail["type"] == "value_error":
-        subject, colon, problem = message.partition(": ")
-        return (f"{name}.{subject}" if name else subject, problem) if colon else (name, message)
-    return f"{name} = {detail['input']!r}", message[0].lower() + message[1:]
-
-
-def _resolved(model: type[BaseModel], location: Sequence[Any]) -> tuple[type[BaseModel] | None, list[Any]]:
-    """The section a pydantic location lies in, and the location without the names of a union's members."""
-    parent: type[BaseModel] | None = None
-    here: type[BaseModel] | None = model
-    named: list[Any] = []
-    free = False  # the next part is the name of a table, not of a field
-    for part in location:
-        if free or isinstance(part, int):
-            free = False
-        elif here is None:
-            continue
-        else:
-            field = here.model_fields.get(str(part))
-            parent, here = here, _section_type(field.annotation) if field else None
-            free = field is not None and get_origin(field.annotation) is dict
-        named.append(part)
-    return parent, named
-
-
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _section_type(argument)
-        if found is not None:
-            return found
-    return None

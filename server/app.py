@@ -14,9 +14,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from common import wire
 from common.code import code_digest
-from common.config import RunConfig, validate
+from common.config import RunConfig
 from common.errors import ConsiliumError, OutputError, RunFailed
 from common.logs import LogFormat, set_up_logging
+from common.toml_settings import validate
 from server.checkpoint import RunFolder, to_json, write_atomically
 from server.lock import RunLock
 from server.mailbox import GARBLED

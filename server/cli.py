@@ -50,7 +50,8 @@ def run_command(
     """Submits the run and follows it to its end."""
     from rich.console import Console
 
-    from common.config import RunConfig, apply_overrides, read_toml, validate
+    from common.config import RunConfig
+    from common.toml_settings import apply_overrides, read_toml, validate
     from server.follow import run_deployment
     from server.progress import Bars, result_console, rounds_table, sites_table
     from server.settings import read_run

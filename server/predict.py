@@ -11,13 +11,14 @@ import torch
 
 from common.adapted import INPUT, AdaptedModel
 from common.adapter import load_adapter
-from common.config import LoraSection, TaskSection, validate
+from common.config import LoraSection, TaskSection
 from common.data.read import read_rows
 from common.errors import AdapterError
 from common.examples import Examples
 from common.model import Placement, load_base, locate
 from common.tasks.base import Encoded, Predicts
 from common.tasks.registry import task_of
+from common.toml_settings import validate
 
 ROWS = 32
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import tomli_w
 
-from common.config import RunConfig, read_toml, validate
+from common.config import RunConfig
+from common.toml_settings import read_toml, validate
 from server.checkpoint import RunFolder
 
 

@@ -45,7 +45,8 @@ def simulate_command(
     """Runs a simulation and prints its tables."""
     from rich.console import Console
 
-    from common.config import RunConfig, apply_overrides, read_toml, validate
+    from common.config import RunConfig
+    from common.toml_settings import apply_overrides, read_toml, validate
     from server.progress import Bars, result_console
     from server.settings import read_run
     from simulations.simulate import simulate
@@ -73,7 +74,7 @@ def simulate_command(
 
 def _demo_tables(folder: Path) -> dict[str, Any]:
     """The embedded default, with its data under the output folder."""
-    from common.config import read_toml
+    from common.toml_settings import read_toml
 
     tables = read_toml(Path(__file__).with_name("demo.toml"))
     tables["data"]["path"] = str(folder / DEMO_DATA)

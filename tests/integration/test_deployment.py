@@ -30,7 +30,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForSequenceClassification
 
 import consilium
-from common.config import RunConfig, validate
+from common.config import RunConfig
+from common.toml_settings import validate
 from server.lock import RunLock
 from server.rounds import Silent
 from simulations.simulate import simulate

@@ -48,7 +48,8 @@ def audit_command(
     ] = None,
 ) -> None:
     """Runs the audit and prints its report."""
-    from common.config import RunConfig, read_toml, validate
+    from common.config import RunConfig
+    from common.toml_settings import read_toml, validate
 
     settings = validate(RunConfig, read_toml(config), str(config))
     if settings.privacy.mechanism == "none":

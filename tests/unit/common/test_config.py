@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from client.config import SiteConfig
-from common.config import DEFAULT_PHASES, RunConfig, apply_overrides, read_toml, validate
+from common.config import DEFAULT_PHASES, RunConfig
 from common.errors import ConfigError
+from common.toml_settings import apply_overrides, read_toml, validate
 
 TASK = {"labels": ["urgent", "routine"]}
 PHASE = {"name": "head", "rounds": 2, "sample_rate": 0.5}

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import server.app as server_app
-from common.config import RunConfig, validate
+from common.config import RunConfig
 from common.errors import ConfigError, ConsiliumError
+from common.toml_settings import validate
 from server.checkpoint import RunFolder
 from server.lock import RunLock
 from server.settings import Submission

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import server.follow as follow
-from common.config import RunConfig, validate
+from common.config import RunConfig
 from common.errors import ConnectionFailed, ConsiliumError, OutputError, RunFailed
+from common.toml_settings import validate
 from server.checkpoint import RunFolder
 from server.follow import run_deployment
 from server.lock import RunLock

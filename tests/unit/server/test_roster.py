@@ -12,10 +12,11 @@ from flwr.proto.node_pb2 import NodeInfo
 
 import server.roster as roster_module
 from common import wire
-from common.config import RunConfig, validate
+from common.config import RunConfig
 from common.errors import RunFailed
 from common.messages import PhaseStatement, PlanStatus, PrivacyStatement, RefusalReason, SiteDescription
 from common.plan import Plan, plan_of
+from common.toml_settings import validate
 from server.checkpoint import RunFolder
 from server.mailbox import Mailbox
 from server.roster import Roster
