@@ -40,7 +40,14 @@ class _Servicer(site_pb2_grpc.SiteAgentServicer):  # type: ignore[misc]
         try:
             return description_to_proto(
                 self.site.describe(
-                    DescribeRequest(request.run_id, request.plan, request.code_digest, request.schema_version)
+                    DescribeRequest(
+                        request.run_id,
+                        request.plan,
+                        request.code_digest,
+                        request.signature,
+                        request.witness,
+                        request.schema_version,
+                    )
                 )
             )
         except Exception as error:

@@ -35,8 +35,14 @@ class RefusalReason(StrEnum):
     """The plan was never described to this site, or belongs to another run."""
     PLAN_CHANGED = "plan-changed"
     """The run id is known with another plan."""
+    SIGNATURE = "signature"
+    """The plan is not signed by a coordinator key that the site has pinned."""
     CODE_MISMATCH = "code-mismatch"
-    """Relay and agent run different code."""
+    """Coordinator or relay run other code than the agent."""
+    CLOSED = "closed"
+    """The plan has ended at this site: it expired, its data were changed or withdrawn, or a person closed it."""
+    BLOCKED = "blocked"
+    """The site has stopped itself, because its ledger or audit log may be an older copy; people there must look."""
     OUT_OF_ORDER = "out-of-order"
     """The round lies before one already served, or outside the plan."""
     REQUEST_CHANGED = "request-changed"
@@ -92,6 +98,11 @@ class DescribeRequest:
     """The plan as canonical JSON."""
     code_digest: str
     """Digest of the code the relay was shipped with."""
+    signature: str = ""
+    """The coordinator's signature of the plan's digest (:mod:`common.signing`)."""
+    witness: str = ""
+    """The newest signed head of this site's audit log that the coordinator has seen; a site whose own log is shorter
+    was put back to an older copy."""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -140,6 +151,8 @@ class Release:
     request_digest: str
     update: Tensors = field(repr=False)
     """θ_local − θ_received of exactly the tensors this round trains."""
+    head: str = ""
+    """The signed head of the site's audit log at this release: how many lines, and the hash of the last."""
     schema_version: int = SCHEMA_VERSION
 
 

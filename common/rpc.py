@@ -89,6 +89,7 @@ def train_reply_frames(reply: TrainReply) -> Iterator[pb.TrainReplyFrame]:
             round=reply.round,
             request_digest=reply.request_digest,
             layout=_layout(reply.update),
+            head=reply.head,
         )
         yield pb.TrainReplyFrame(release=header)
         for chunk in _chunks(reply.update):
@@ -123,6 +124,7 @@ def train_reply_of(frames: Iterable[pb.TrainReplyFrame]) -> TrainReply:
         round=header.round,
         request_digest=header.request_digest,
         update=_tensors(header.layout, _chunks_of(stream)),
+        head=header.head,
         schema_version=header.schema_version,
     )
 
@@ -309,6 +311,8 @@ class RemoteSite:
             run_id=request.run_id,
             plan=request.plan,
             code_digest=request.code_digest,
+            signature=request.signature,
+            witness=request.witness,
         )
         return description_of(self._stub.Describe(message))
 

@@ -59,6 +59,9 @@ _FIELDS: Mapping[str, type] = {
     "plan": str,
     "plan_digest": str,
     "code_digest": str,
+    "signature": str,
+    "witness": str,
+    "head": str,
     "round": int,
     "request_digest": str,
     "site": str,
@@ -83,7 +86,7 @@ def describe_request_to_record(request: DescribeRequest) -> RecordDict:
 
 def describe_request_from_record(record: RecordDict) -> DescribeRequest:
     """As read by the relay."""
-    return DescribeRequest(**_fields(record, "run_id", "plan", "code_digest", "schema_version"))
+    return DescribeRequest(**_fields(record, "run_id", "plan", "code_digest", "signature", "witness", "schema_version"))
 
 
 def description_to_record(description: SiteDescription) -> RecordDict:
@@ -195,6 +198,7 @@ def train_reply_to_record(reply: TrainReply) -> RecordDict:
             "run_id": reply.run_id,
             "round": reply.round,
             "request_digest": reply.request_digest,
+            "head": reply.head,
             "schema_version": reply.schema_version,
         }
         return _record(header, reply.update)
@@ -213,7 +217,7 @@ def train_reply_from_record(record: RecordDict) -> TrainReply:
     """
     (kind,) = _fields(record, "kind", exact=False).values()
     if kind == "release":
-        header = _fields(record, "kind", "site", "run_id", "round", "request_digest", "schema_version")
+        header = _fields(record, "kind", "site", "run_id", "round", "request_digest", "head", "schema_version")
         del header["kind"]
         return Release(**header, update=tensors_from_record(record))
     if kind == "refusal":

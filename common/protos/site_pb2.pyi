@@ -7,16 +7,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class DescribeRequest(_message.Message):
-    __slots__ = ("schema_version", "run_id", "plan", "code_digest")
+    __slots__ = ("schema_version", "run_id", "plan", "code_digest", "signature", "witness")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     PLAN_FIELD_NUMBER: _ClassVar[int]
     CODE_DIGEST_FIELD_NUMBER: _ClassVar[int]
+    SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    WITNESS_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     run_id: str
     plan: str
     code_digest: str
-    def __init__(self, schema_version: _Optional[int] = ..., run_id: _Optional[str] = ..., plan: _Optional[str] = ..., code_digest: _Optional[str] = ...) -> None: ...
+    signature: str
+    witness: str
+    def __init__(self, schema_version: _Optional[int] = ..., run_id: _Optional[str] = ..., plan: _Optional[str] = ..., code_digest: _Optional[str] = ..., signature: _Optional[str] = ..., witness: _Optional[str] = ...) -> None: ...
 
 class PhaseStatement(_message.Message):
     __slots__ = ("name", "sample_rate", "noise_multiplier", "clip_norm", "steps")
@@ -103,20 +107,22 @@ class TrainRequestFrame(_message.Message):
     def __init__(self, header: _Optional[_Union[TrainRequestHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseHeader(_message.Message):
-    __slots__ = ("schema_version", "site", "run_id", "round", "request_digest", "layout")
+    __slots__ = ("schema_version", "site", "run_id", "round", "request_digest", "layout", "head")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     REQUEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    HEAD_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     site: str
     run_id: str
     round: int
     request_digest: str
     layout: _containers.RepeatedCompositeFieldContainer[TensorLayout]
-    def __init__(self, schema_version: _Optional[int] = ..., site: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., request_digest: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[TensorLayout, _Mapping]]] = ...) -> None: ...
+    head: str
+    def __init__(self, schema_version: _Optional[int] = ..., site: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., request_digest: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[TensorLayout, _Mapping]]] = ..., head: _Optional[str] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("site", "reason")
