@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 # The tests' harness first: its module has this file's name.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "integration"))
 
 import torch
@@ -158,6 +159,7 @@ def our_rounds(federation: Federation, scratch: Path, rounds: int, name: str) ->
         "server": {
             "superlink": superlink.address,
             "root_certificates": superlink.root_certificates,
+            "signing_key": federation.key,
             "min_sites": sites,
             "min_replies": sites,
         },

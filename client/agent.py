@@ -1,28 +1,34 @@
 """The site agent: a long-lived gRPC server around one :class:`client.site.Site`, with grpc.health.v1.
 
-Errors never carry text across the border: a fault inside the site becomes the same status with the same words, whatever
-its cause, and the cause is logged here.
+Whoever connects may be hostile: the relay is code that the coordinator ships. A doorman keeps the unix socket, and
+certificates keep a port. Requests are bounded in size, number and time, and one adapter at a time is in memory. Errors
+never carry text across the border: a fault inside the site becomes the same status with the same words, whatever its
+cause, and the cause is logged here.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import ssl
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 
 from client.config import TlsSection
+from client.doorman import Doorman
 from common.errors import ConnectionFailed, WireError
 from common.messages import DescribeRequest, SiteService
 from common.protos import site_pb2 as pb
-from common.protos import site_pb2_grpc
 from common.rpc import description_to_proto, train_reply_frames, train_request_of
 
 log = logging.getLogger(__name__)
@@ -30,16 +36,41 @@ log = logging.getLogger(__name__)
 FAULT = "the site could not serve the request"
 MALFORMED = "the request is malformed"
 SERVICE = "consilium.site.v1.SiteAgent"
+HEALTH = "grpc.health.v1.Health"
+
+LARGEST_FRAME = 4 << 20
+"""Bytes of one gRPC message; a plan or a layout is far smaller, and tensors travel in chunks of 1 MiB."""
+CALLS_AT_A_TIME = 8
+"""Calls served at the same time."""
+MOST_CALLS = 64
+"""Calls served or waiting, of one connection and of all; what comes beyond is refused."""
+TRANSFER_SECONDS = 600.0
+"""How long a request may take to arrive, and a reply to be taken; 512 MiB in this time are 1 MiB a second."""
+
+LIMITS = (
+    ("grpc.max_receive_message_length", LARGEST_FRAME),
+    ("grpc.per_message_decompression", 0),  # relays compress nothing, and a few bytes must not become gigabytes
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
+    ("grpc.max_concurrent_streams", MOST_CALLS),
+    ("grpc.so_reuseport", 0),
+)
 
 
-class _Servicer(site_pb2_grpc.SiteAgentServicer):  # type: ignore[misc]
+class _Calls:
+    """What a relay can ask. Every call reads its request as a stream, so that no request can keep a thread for ever."""
+
     def __init__(self, site: SiteService) -> None:
-        self.site = site
+        self._site = site
+        self._transfer = threading.Lock()
+        self.serving = False
 
-    def Describe(self, request: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.SiteDescription:
+    def describe(self, frames: Iterator[pb.DescribeRequest], context: grpc.ServicerContext) -> pb.SiteDescription:
         try:
+            with _deadline(context):
+                request = _only(frames)
             return description_to_proto(
-                self.site.describe(
+                self._site.describe(
                     DescribeRequest(
                         request.run_id,
                         request.plan,
@@ -53,23 +84,115 @@ class _Servicer(site_pb2_grpc.SiteAgentServicer):  # type: ignore[misc]
         except Exception as error:
             _abort(context, error)
 
-    def Train(
-        self, request_iterator: Iterator[pb.TrainRequestFrame], context: grpc.ServicerContext
+    def train(
+        self, frames: Iterator[pb.TrainRequestFrame], context: grpc.ServicerContext
     ) -> Iterator[pb.TrainReplyFrame]:
         try:
-            frames = list(train_reply_frames(self.site.train(train_request_of(request_iterator))))
+            with self._transfer:  # from the first frame read to the last one taken: one adapter in memory, not many
+                with _deadline(context):
+                    request = train_request_of(frames)
+                reply = self._site.train(request)
+                with _deadline(context):
+                    yield from train_reply_frames(reply)
         except Exception as error:
             _abort(context, error)
-        yield from frames
+
+    def check(
+        self, frames: Iterator[health_pb2.HealthCheckRequest], context: grpc.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        try:
+            with _deadline(context):
+                service = _only(frames).service
+        except Exception as error:
+            _abort(context, error)
+        if service not in ("", SERVICE):
+            context.abort(grpc.StatusCode.NOT_FOUND, MALFORMED)
+        states = health_pb2.HealthCheckResponse
+        return states(status=states.SERVING if self.serving else states.NOT_SERVING)
+
+    def handlers(self) -> Iterator[grpc.GenericRpcHandler]:
+        """All there is to call."""
+        yield grpc.method_handlers_generic_handler(
+            SERVICE,
+            {
+                "Describe": grpc.stream_unary_rpc_method_handler(
+                    self.describe, pb.DescribeRequest.FromString, pb.SiteDescription.SerializeToString
+                ),
+                "Train": grpc.stream_stream_rpc_method_handler(
+                    self.train, pb.TrainRequestFrame.FromString, pb.TrainReplyFrame.SerializeToString
+                ),
+            },
+        )
+        yield grpc.method_handlers_generic_handler(
+            HEALTH,
+            {
+                "Check": grpc.stream_unary_rpc_method_handler(
+                    self.check,
+                    health_pb2.HealthCheckRequest.FromString,
+                    health_pb2.HealthCheckResponse.SerializeToString,
+                )
+            },
+        )
+
+
+def _only(frames: Iterator[Any]) -> Any:
+    """The one message of a request.
+
+    Raises:
+        WireError: there is none, or another.
+    """
+    messages = list(islice(frames, 2))
+    if len(messages) != 1:
+        raise WireError("request: must be one message")
+    return messages[0]
+
+
+@contextmanager
+def _deadline(context: grpc.ServicerContext) -> Iterator[None]:
+    """Ends the call unless what follows is done in time.
+
+    Raises:
+        WireError: it was not, or the caller has left: gRPC may then show what came so far as if it were all.
+    """
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        context.cancel()
+
+    timer = threading.Timer(TRANSFER_SECONDS, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+    if late.is_set() or not context.is_active():
+        raise WireError("request: did not come to its end in time")
 
 
 def _abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
     if isinstance(error, WireError):
-        log.warning("refused a malformed request: %s", error)
+        log.warning("refused a malformed request: %.300s", ascii(str(error)))  # it may quote what the caller chose
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, MALFORMED)
-    log.error("a request could not be served", exc_info=error)
+    elif not context.is_active():
+        log.warning("a call ended before it was served")
+    else:
+        log.error("a request could not be served", exc_info=error)
     context.abort(grpc.StatusCode.INTERNAL, FAULT)
     raise AssertionError("abort raises")
+
+
+def forbid_inspection() -> None:
+    """From now on no process of the same user can trace this one or read its memory, and no core dump is written.
+
+    Call it before anything secret is read. Root still can, and where there is no ``prctl`` nothing changes.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
+
+
+_PR_SET_DUMPABLE = 4  # see prctl(2)
 
 
 def _credentials(tls: TlsSection) -> grpc.ServerCredentials:
@@ -104,67 +227,56 @@ class Agent:
     """Serves a site until stopped.
 
     Args:
-        listen: ``unix:PATH`` (the socket is created 0660, for the relay's group), or ``HOST:PORT`` with TLS on both
-            sides.
+        listen: ``unix:PATH``, or ``HOST:PORT`` with TLS on both sides, where whoever shows a certificate of the
+            authority is welcome.
+        peers: ids of the users that may connect to a unix socket; the agent's own alone, unless given.
 
     Raises:
         ConnectionFailed: the address is in use or a certificate cannot be read.
     """
 
-    def __init__(self, site: SiteService, listen: str, tls: TlsSection | None = None) -> None:
+    def __init__(
+        self, site: SiteService, listen: str, tls: TlsSection | None = None, peers: frozenset[int] | None = None
+    ) -> None:
         self.listen = listen
-        self._server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=[("grpc.so_reuseport", 0)])
-        servicer: Any = _Servicer(site)
-        site_pb2_grpc.add_SiteAgentServicer_to_server(servicer, self._server)
-        self._health = health.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._calls = _Calls(site)
+        self._server = grpc.server(
+            futures.ThreadPoolExecutor(CALLS_AT_A_TIME, thread_name_prefix="call"),
+            handlers=tuple(self._calls.handlers()),
+            options=LIMITS,
+            maximum_concurrent_rpcs=MOST_CALLS,
+        )
         self._stopped = threading.Event()
-        self._bind(tls)
-
-    def _bind(self, tls: TlsSection | None) -> None:
-        unix = self.listen.startswith("unix:")
-        if unix:
-            self._free_socket(Path(self.listen.removeprefix("unix:")))
-        try:
-            if unix:
-                port = self._server.add_insecure_port(self.listen)
-            else:
-                assert tls is not None
-                port = self._server.add_secure_port(self.listen, _credentials(tls))
-        except RuntimeError:
-            port = 0
-        if port == 0:
-            raise ConnectionFailed(f"site.listen = '{self.listen}': cannot be bound; is another agent running?")
-        if unix:
-            os.chmod(self.listen.removeprefix("unix:"), 0o660)
-        self.port = port
-
-    def _free_socket(self, path: Path) -> None:
-        """Removes a socket left by a killed agent; refuses if somebody still answers there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            return
-        if not path.is_socket():
-            raise ConnectionFailed(
-                f"site.listen = '{self.listen}': there is a file that is no socket; give another path"
-            )
-        channel = grpc.insecure_channel(self.listen)
-        try:
-            grpc.channel_ready_future(channel).result(timeout=0.5)
-        except grpc.FutureTimeoutError:
-            path.unlink()
+        self._doorman: Doorman | None = None
+        self.port = 0
+        if listen.startswith("unix:"):
+            self._doorman = self._keep_door(frozenset({os.geteuid()}) if peers is None else peers)
         else:
+            assert tls is not None
+            self.port = self._open_port(_credentials(tls))
+
+    def _keep_door(self, peers: frozenset[int]) -> Doorman:
+        if sys.platform != "linux":
             raise ConnectionFailed(
-                f"site.listen = '{self.listen}': another agent is already serving there; stop it first"
+                f"site.listen = '{self.listen}': only Linux tells who connects to a unix socket; "
+                "use HOST:PORT with [tls]"
             )
-        finally:
-            channel.close()
+        return Doorman(Path(self.listen.removeprefix("unix:")), peers, self._server.add_insecure_port)
+
+    def _open_port(self, credentials: grpc.ServerCredentials) -> int:
+        try:
+            return int(self._server.add_secure_port(self.listen, credentials))
+        except RuntimeError:
+            raise ConnectionFailed(
+                f"site.listen = '{self.listen}': cannot be bound; is another agent running?"
+            ) from None
 
     def start(self) -> None:
         """Starts serving and reports healthy."""
         self._server.start()
-        for service in ("", SERVICE):
-            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._calls.serving = True
+        if self._doorman is not None:
+            self._doorman.start()
 
     def ask_to_stop(self) -> None:
         """Makes :meth:`wait` return; safe in a signal handler."""
@@ -176,5 +288,7 @@ class Agent:
 
     def stop(self, grace: float = 1.0) -> None:
         """Stops serving; a release that is being computed is finished or re-executed later from its seed."""
-        self._health.enter_graceful_shutdown()
+        self._calls.serving = False
         self._server.stop(grace).wait()
+        if self._doorman is not None:
+            self._doorman.stop()

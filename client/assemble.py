@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +14,8 @@ import torch
 from client.audit_log import AuditLog
 from client.config import SiteConfig, SiteDataSection
 from client.policy import Policy
-from client.privacy.ledger import Ledger
+from client.privacy.ledger import Ledger, Population
+from client.separation import check_separation
 from client.site import Resources, Site
 from common.adapted import AdaptedModel
 from common.code import code_digest
@@ -25,6 +28,7 @@ from common.examples import Examples
 from common.model import Placement, digest_of, load_base, locate
 from common.plan import Plan
 from common.prefix_files import cache_folder, wipe_outdated
+from common.signing import SigningKey
 from common.tasks.base import Encoded
 from common.tasks.registry import task_of
 
@@ -50,6 +54,7 @@ class Resident:
     _models: dict[tuple[str, TaskSection, LoraSection], AdaptedModel] = field(default_factory=dict)
     _examples: dict[tuple[str, TaskSection, str], Examples] = field(default_factory=dict)
     _rows: dict[tuple[str, str], Rows] = field(default_factory=dict)
+    _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def model(self, plan: Plan) -> AdaptedModel:
         """The resident model of a plan; another plan's model makes room for it."""
@@ -96,6 +101,20 @@ class Resident:
             self._rows[key] = rows_of(data, task_of(task_settings).fields)
         return self._rows[key]
 
+    def fingerprint(self, plan: Plan) -> str:
+        """Digest of the rows that the plan learns from, as they were read; empty where they cannot be."""
+        key = (plan.data, plan.task.name)
+        if key not in self._fingerprints:
+            try:
+                rows = self.rows(plan.data, plan.task.name, plan.task)
+            except DataError:
+                return ""
+            state = hashlib.sha256()
+            for field_name in sorted(rows):
+                state.update(json.dumps([field_name, *map(str, rows[field_name])]).encode())
+            self._fingerprints[key] = state.hexdigest()
+        return self._fingerprints[key]
+
     def examples(self, plan: Plan, model: AdaptedModel) -> Examples:
         """The plan's data, encoded once; rows that cannot be learnt from stay as void examples."""
         key = (plan.data, plan.task, plan.model_digest)
@@ -136,16 +155,17 @@ def build_site(config: SiteConfig) -> tuple[Site, Resident]:
     """
     if config.device.threads is not None:
         torch.set_num_threads(config.device.threads)
-    folders = {digest_of(folder): folder for folder in map(locate, config.models)}
+    folders = reviewed_models(config)
     resident = Resident(config, folders)
     state = config.site.state
-    size = declared_size(config)
+    policy = policy_of(config)
+    key = site_key(state)
     site = Site(
         config.site.name,
-        Policy(size, config.policy, tuple(config.data), tuple(folders)),
-        Ledger(state),
-        AuditLog(state / "audit.jsonl"),
-        Resources(resident.model, resident.examples, config.device.physical_batch),
+        policy,
+        Ledger(state, counter=config.site.counter),
+        AuditLog(state / "audit.jsonl", site=config.site.name, key=key),
+        Resources(resident.model, resident.examples, config.device.physical_batch, resident.fingerprint),
         code_digest(),
         fixed_seed=config.testing.seed if config.testing else None,
         claims_epsilon=config.testing is None,
@@ -153,18 +173,70 @@ def build_site(config: SiteConfig) -> tuple[Site, Resident]:
     return site, resident
 
 
-def declared_size(config: SiteConfig) -> int:
-    """The public size as a number; ``"exact"`` counts the units of the site's one data set.
+def site_key(state: Path) -> SigningKey:
+    """The key that signs the head of the site's audit log; made at the first start and never again.
 
     Raises:
-        ConfigError: ``"exact"`` with several data sets.
+        ConfigError: it cannot be read or written, or is missing where a site has worked before.
     """
-    if config.policy.public_size != "exact":
-        return config.policy.public_size
-    if len(config.data) != 1:
-        raise ConfigError('policy.public_size = "exact": needs exactly one [data.NAME]; declare a number instead')
-    (data,) = config.data.values()
-    return size_of(data)
+    file = state / "site.key"
+    if file.exists():
+        return SigningKey.load(file)
+    if (state / "audit.jsonl").exists() or (state / "ledger.sqlite").exists():
+        raise ConfigError(
+            f"{file}: is missing beside an audit log or a ledger; bring it back, a new key vouches for neither"
+        )
+    return SigningKey.create(file)
+
+
+def reviewed_models(config: SiteConfig) -> dict[str, Path]:
+    """Weight digest → folder of each base model.
+
+    Raises:
+        ConfigError: a model's weights are not those that were reviewed.
+        ModelError: a model cannot be found.
+    """
+    folders = {digest_of(locate(name)): (name, locate(name)) for name in config.models}
+    for digest, (name, _) in folders.items():
+        if digest not in config.policy.base_models:
+            raise ConfigError(
+                f"policy.base_models: does not list the weights of '{name}', whose digest is {digest}; add it once "
+                "these files were reviewed, or take the model out of models"
+            )
+    return {digest: folder for digest, (_, folder) in folders.items()}
+
+
+def policy_of(config: SiteConfig) -> Policy:
+    """The policy with every population's public size as a number.
+
+    Raises:
+        ConsiliumError: ``"exact"`` for a population of several data sets, data that cannot be read, or populations
+            that nobody has vouched for.
+    """
+    check_separation(config)
+    populations = {
+        name: Population(name, entry.unit, declared_size(config, name), entry.lifetime_epsilon, entry.lifetime_delta)
+        for name, entry in config.populations.items()
+    }
+    return Policy(config.policy, populations, {name: data.population for name, data in config.data.items()})
+
+
+def declared_size(config: SiteConfig, population: str) -> int:
+    """The public size of a population as a number; ``"exact"`` counts the units of its one data set.
+
+    Raises:
+        ConfigError: ``"exact"`` with several data sets, or none.
+    """
+    declared = config.populations[population].public_size
+    if declared != "exact":
+        return declared
+    data = [entry for entry in config.data.values() if entry.population == population]
+    if len(data) != 1:
+        raise ConfigError(
+            f'populations.{population}.public_size = "exact": needs exactly one [data.NAME] of this population; '
+            "declare a number instead"
+        )
+    return size_of(data[0])
 
 
 def rows_of(data: SiteDataSection, fields: Sequence[str]) -> Rows:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from client.assemble import UNIT, declared_size, rows_of
+from client.assemble import UNIT, policy_of, rows_of
 from client.config import SiteConfig
 from common.config import TaskSection
 from common.data.split import count
@@ -39,6 +39,8 @@ def check_site(config: SiteConfig, task_name: str, labels: tuple[str, ...]) -> d
         units = np.arange(count(rows)) if ids is None else units_of(ids)
         faults += [Fault(int(row), UNIT, "names no unit") for row in np.flatnonzero(units == NO_UNIT)]
         data[name] = {
+            "population": entry.population,
+            "unit": config.populations[entry.population].unit,
             "rows": count(rows),
             "units": count_units(units),
             "faults": len({fault.row for fault in faults}),
@@ -46,9 +48,14 @@ def check_site(config: SiteConfig, task_name: str, labels: tuple[str, ...]) -> d
         }
     shared = {
         "site": config.site.name,
-        "public_size": declared_size(config),
-        "unit": config.policy.unit,
+        "populations": {
+            name: {"public_size": one.public_size, "unit": one.unit}
+            for name, one in policy_of(config).populations.items()
+        },
         "tasks": list(config.policy.tasks),
         "max_rank": config.policy.max_rank,
     }
-    return {"data": data, "shared": shared}
+    remarks = []
+    if not config.policy.coordinator_keys:
+        remarks.append("policy.coordinator_keys is empty: no plan can run here; add the coordinator's public key")
+    return {"data": data, "shared": shared, "remarks": remarks}

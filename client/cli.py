@@ -10,17 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from common.errors import ConfigError
+import client.audit_cli
+from common.errors import ConfigError, LedgerError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from client.audit_log import AuditLog
     from client.config import SiteConfig
-    from client.privacy.ledger import Ledger
+    from client.privacy.ledger import Balance, Ledger, PlanEntry
 
 app = typer.Typer(
     help="The site: serve the agent, check the data, decide about plans, read the ledger.", no_args_is_help=True
 )
+app.add_typer(client.audit_cli.app, name="audit-log")
 Config = Annotated[Path, typer.Option("--config", help="The site's own settings (site.toml).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Digest = Annotated[str, typer.Argument(help="The plan's digest, or its first characters.")]
+
+SHORTEST_DIGEST = 6
+NEVER_RUN = "the agent has never run here ('consilium site agent')"
 
 AGENT_HELP = """Serve this site: the long-lived process that alone touches the data, the GPU and the privacy ledger.
 
@@ -42,16 +51,17 @@ def agent_command(config: Config = Path("site.toml")) -> None:
     from client.assemble import build_site
 
     site, resident = build_site(settings)
-    resident.warm_up()
-    agent = Agent(site, settings.site.listen, settings.tls)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: agent.ask_to_stop())
-    agent.start()
-    if settings.testing:
-        print("warning: [testing] fixed keys are in use; no privacy is claimed", file=sys.stderr, flush=True)
-    print(f"site '{settings.site.name}' serves at {settings.site.listen}", file=sys.stderr, flush=True)
-    agent.wait()
-    agent.stop()
+    with site.ledger.serve_alone():
+        resident.warm_up()
+        agent = Agent(site, settings.site.listen, settings.tls)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: agent.ask_to_stop())
+        agent.start()
+        if settings.testing:
+            print("warning: [testing] fixed keys are in use; no privacy is claimed", file=sys.stderr, flush=True)
+        print(f"site '{settings.site.name}' serves at {settings.site.listen}", file=sys.stderr, flush=True)
+        agent.wait()
+        agent.stop()
     site.ledger.close()
 
 
@@ -75,7 +85,7 @@ def check_command(
     else:
         for name, entry in report["data"].items():
             print(
-                f"data '{name}': {entry['rows']} rows, {entry['units']} privacy units ({report['shared']['unit']}); "
+                f"data '{name}': {entry['rows']} rows, {entry['units']} privacy units ({entry['unit']}); "
                 f"{entry['faults']} rows cannot be learnt from (they contribute zero)"
             )
             for fault in entry["first_faults"]:
@@ -87,90 +97,181 @@ def check_command(
 
 @app.command("pending")
 def pending_command(config: Config = Path("site.toml"), as_json: AsJson = False) -> None:
-    """List plans that wait for a decision."""
+    """List the plans that wait for a decision, with what they cost.
+
+    Example: consilium site pending --config site.toml
+    """
+    from client.ledger_report import print_table, warnings
     from client.privacy.ledger import Decision
 
     with _ledger(config) as ledger:
-        waiting = [
-            {
-                "digest": entry.digest,
-                "run": entry.run_id,
-                "received": entry.received_at,
-                "epsilon": entry.statement.epsilon if entry.statement else None,
-                "delta": entry.statement.delta if entry.statement else None,
-            }
-            for entry in ledger.plans(Decision.WAITING)
-        ]
+        waiting = [_waiting(ledger, entry) for entry in ledger.plans(Decision.WAITING)] if ledger else []
+        notes = list(warnings(ledger)) if ledger else []
     if as_json:
         _print_json(waiting)
         return
-    for plan in waiting:
-        print(f"{plan['digest']}  run {plan['run']}  epsilon {plan['epsilon']}  delta {plan['delta']}")
+    _warn(notes)
     if not waiting:
-        print("no plan waits for a decision")
+        print("no plan waits for a decision" if ledger else f"no plan waits for a decision; {NEVER_RUN}")
+        return
+    columns = ("plan", "run", "population", "epsilon", "reserved if approved", "limit")
+    print_table("Plans that wait for a decision", columns, [_waiting_row(plan) for plan in waiting])
+    print("see 'consilium site show PLAN', then 'consilium site approve PLAN' or 'consilium site reject PLAN'")
+
+
+@app.command("show")
+def show_command(digest: Digest, config: Config = Path("site.toml"), as_json: AsJson = False) -> None:
+    """Explain a plan in plain words: what is trained, what leaves the site, what it costs and what would be left.
+
+    Examples:
+
+      consilium site show 3f9c21aa --config site.toml
+
+      consilium site show 3f9c21aa --json
+    """
+    from client.ledger_report import warnings
+    from client.plan_in_words import as_object, in_words, signer_of
+    from common.plan import read_plan
+
+    settings = _settings(config)
+    with _ledger(config) as ledger:
+        ledger, entry = _one_plan(ledger, digest)
+        notes = list(warnings(ledger))
+        population = next(each for each in ledger.populations() if each.name == entry.population)
+        balance = ledger.balance(entry.population)
+    about = (entry, read_plan(entry.body), population, balance, signer_of(entry, settings.policy.coordinator_keys))
+    if as_json:
+        _print_json(as_object(*about))
+        return
+    _warn(notes)
+    print(in_words(*about))
 
 
 @app.command("approve")
-def approve_command(
-    digest: Annotated[str, typer.Argument(help="The plan's digest, or its first characters.")],
-    config: Config = Path("site.toml"),
-) -> None:
-    """Approve a plan: reserves its whole epsilon now, or refuses it if the lifetime budget does not carry it."""
+def approve_command(digest: Digest, config: Config = Path("site.toml"), as_json: AsJson = False) -> None:
+    """Approve a plan: reserves its whole epsilon now, or refuses it if the lifetime budget does not carry it.
+
+    Example: consilium site approve 3f9c21aa --config site.toml
+    """
+    audit = _audit(config)  # a broken trail stops here, before anything is decided
     with _ledger(config) as ledger:
-        full = _one_plan(ledger, digest)
-        decision = ledger.approve(full)
-    _record_decision(config, full, decision)
-    print(f"plan {full[:12]}: {decision}")
+        ledger, entry = _one_plan(ledger, digest)
+        decision = ledger.approve(entry.digest)
+        audit.append("plan decided", plan=entry.digest, decision=decision, by="person")
+        balance = ledger.balance(entry.population)
+    _tell_decision(entry.digest, decision, entry.population, balance, as_json)
+    if decision != "approved":
+        raise typer.Exit(2)
 
 
 @app.command("reject")
-def reject_command(
-    digest: Annotated[str, typer.Argument(help="The plan's digest, or its first characters.")],
-    config: Config = Path("site.toml"),
-) -> None:
-    """Reject a plan."""
+def reject_command(digest: Digest, config: Config = Path("site.toml"), as_json: AsJson = False) -> None:
+    """Reject a plan that waits. It costs nothing, and stays rejected.
+
+    Example: consilium site reject 3f9c21aa --config site.toml
+    """
+    audit = _audit(config)
     with _ledger(config) as ledger:
-        full = _one_plan(ledger, digest)
-        ledger.reject(full)
-    _record_decision(config, full, "refused")
-    print(f"plan {full[:12]}: refused")
+        ledger, entry = _one_plan(ledger, digest)
+        ledger.reject(entry.digest)
+        audit.append("plan decided", plan=entry.digest, decision="refused", by="person")
+        balance = ledger.balance(entry.population)
+    _tell_decision(entry.digest, "refused", entry.population, balance, as_json)
 
 
-def _record_decision(config: Path, digest: str, decision: str) -> None:
-    from client.audit_log import AuditLog
+@app.command("close")
+def close_command(
+    digest: Digest,
+    config: Config = Path("site.toml"),
+    why: Annotated[str, typer.Option("--why", help="For the record: a few words, no names of patients.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """End a plan for good: no further round, and its stored releases are deleted. Nothing it reserved is given back.
 
-    audit = AuditLog(_settings(config).site.state / "audit.jsonl")
-    audit.append("plan decided", plan=digest, decision=decision, by="person")
+    Example: consilium site close 3f9c21aa --why "study ended" --config site.toml
+    """
+    audit, reason = _audit(config), _reason(why or "a person closed it")
+    with _ledger(config) as ledger:
+        ledger, entry = _one_plan(ledger, digest)
+        ledger.close_plan(entry.digest, reason)
+        audit.append("plan closed", plan=entry.digest, why=reason, by="person")
+        balance = ledger.balance(entry.population)
+    _tell_decision(entry.digest, "closed", entry.population, balance, as_json)
 
 
 @app.command("ledger")
 def ledger_command(config: Config = Path("site.toml"), as_json: AsJson = False) -> None:
-    """What was reserved and spent, by plan and round."""
+    """What of each budget is spent, reserved and left, and every charge by plan and round.
+
+    Examples:
+
+      consilium site ledger --config site.toml
+
+      consilium site ledger --json > account.json
+    """
+    from client.ledger_report import EMPTY, account, print_account, warnings
+
     with _ledger(config) as ledger:
-        plans = [
-            {
-                "digest": entry.digest,
-                "run": entry.run_id,
-                "decision": entry.decision,
-                "epsilon": entry.statement.epsilon if entry.statement else None,
-                "delta": entry.statement.delta if entry.statement else None,
-                "rounds": [
-                    {"round": r, "phase": p, "sample_rate": q, "noise_multiplier": s, "steps": t}
-                    for r, p, q, s, t in ledger.charges(entry.digest)
-                ],
-            }
-            for entry in ledger.plans()
-        ]
+        found = account(ledger) if ledger else EMPTY
+        notes = list(warnings(ledger)) if ledger else []
     if as_json:
-        _print_json(plans)
+        _print_json(found)
         return
-    for plan in plans:
-        print(
-            f"{plan['digest'][:12]}  run {plan['run']}  {plan['decision']}  epsilon {plan['epsilon']}  "
-            f"rounds funded {len(plan['rounds'])}"
+    _warn(notes)
+    print_account(found)
+
+
+UNBLOCK_HELP = """Let a site go on that has stopped itself, because its ledger may be an older copy.
+
+First look for the newest copy of the state folder and put it back; then nothing of this is needed. What an older copy
+has forgotten cannot be known: plans that were approved since, and what they revealed. This command closes every open
+plan, so that no round is released a second time; what they reserved stays reserved. It writes a line to the audit log.
+
+Example:
+
+  consilium site unblock --why "disk failed on 3 May, restored from 2 May" --this-is-the-newest-copy
+"""
+
+
+@app.command("unblock", help=UNBLOCK_HELP)
+def unblock_command(
+    config: Config = Path("site.toml"),
+    why: Annotated[str, typer.Option("--why", help="What happened, for the record.")] = "",
+    sure: Annotated[
+        bool, typer.Option("--this-is-the-newest-copy", help="You answer for it: no newer copy of the ledger exists.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Lifts a block, or takes the ledger for its newest copy."""
+    from contextlib import closing
+
+    from client.privacy.ledger import Ledger
+
+    settings = _settings(config).site
+    fault = None
+    try:
+        with _ledger(config) as ledger:
+            stopped = ledger.blocked if ledger else None
+    except LedgerError as error:
+        stopped, fault = str(error), error
+    if stopped is None:
+        print("this site is not blocked; there is nothing to lift")
+        return
+    if not (sure and why):
+        raise ConfigError(
+            f"this site has stopped: {stopped}\nRead 'consilium site unblock --help'; if no newer copy exists, give "
+            "--this-is-the-newest-copy and --why"
         )
-    if not plans:
-        print("no plan was ever shown to this site")
+    audit, reason = _audit(config), _reason(why)
+    with closing(Ledger(settings.state, counter=settings.counter, accept_copy=fault is not None)) as ledger:
+        closed = ledger.unblock(reason)
+    audit.append("site unblocked", why=reason, by="person")
+    for digest in closed:
+        audit.append("plan closed", plan=digest, why=reason, by="person")
+    if as_json:
+        _print_json({"closed": closed})
+    else:
+        print(f"the site goes on; {len(closed)} open plans were closed")
 
 
 def _settings(config: Path) -> SiteConfig:
@@ -179,19 +280,74 @@ def _settings(config: Path) -> SiteConfig:
     return read_site_config(config)
 
 
-def _ledger(config: Path) -> Any:
-    from contextlib import closing
+def _ledger(config: Path) -> AbstractContextManager[Ledger | None]:
+    """The site's ledger; ``None``: no agent has run here yet."""
+    from client.privacy.ledger import existing_ledger
 
-    from client.privacy.ledger import Ledger
+    site = _settings(config).site
+    return existing_ledger(site.state, site.counter)
 
-    return closing(Ledger(_settings(config).site.state))
+
+def _audit(config: Path) -> AuditLog:
+    """Decisions stand in the ledger first: after a crash the log says less than the ledger, and never more."""
+    from client.audit_log import AuditLog
+
+    return AuditLog(_settings(config).site.state / "audit.jsonl")
 
 
-def _one_plan(ledger: Ledger, prefix: str) -> str:
-    found = [entry.digest for entry in ledger.plans() if entry.digest.startswith(prefix)]
+def _one_plan(ledger: Ledger | None, prefix: str) -> tuple[Ledger, PlanEntry]:
+    if ledger is None:
+        raise ConfigError(f"DIGEST = '{prefix}': no plan was shown yet; {NEVER_RUN}")
+    found = [entry for entry in ledger.plans() if entry.digest.startswith(prefix)]
     if len(found) != 1:
         raise ConfigError(f"DIGEST = '{prefix}': {len(found)} plans start with it; see 'consilium site pending'")
-    return found[0]
+    if len(prefix) < SHORTEST_DIGEST:
+        raise ConfigError(f"DIGEST = '{prefix}': is too short; give at least {SHORTEST_DIGEST} characters")
+    return ledger, found[0]
+
+
+def _reason(why: str) -> str:
+    if len(why) > 200 or not why.isprintable():
+        raise ConfigError("--why: must be one line of at most 200 characters")
+    return why
+
+
+def _waiting(ledger: Ledger, entry: PlanEntry) -> dict[str, Any]:
+    statement, balance = entry.statement, ledger.balance(entry.population)
+    return {
+        "digest": entry.digest,
+        "run": entry.run_id,
+        "received": entry.received_at,
+        "population": entry.population,
+        "epsilon": statement.epsilon if statement else None,
+        "delta": statement.delta if statement else None,
+        "limit": balance.limit,
+        "reserved": balance.reserved,
+        "reserved_after": balance.after(statement) if statement else balance.reserved,
+    }
+
+
+def _waiting_row(plan: dict[str, Any]) -> tuple[str, ...]:
+    epsilon = "none" if plan["epsilon"] is None else f"{plan['epsilon']:.4f}"
+    after = f"{plan['reserved_after']:.4f}" + (" (does not fit)" if plan["reserved_after"] > plan["limit"] else "")
+    return plan["digest"], plan["run"], plan["population"], epsilon, after, f"{plan['limit']:.4f}"
+
+
+def _tell_decision(digest: str, decision: str, population: str, balance: Balance, as_json: bool) -> None:
+    if as_json:
+        figures = {"limit": balance.limit, "reserved": balance.reserved, "left": balance.left}
+        _print_json({"digest": digest, "decision": decision, "population": population, **figures})
+        return
+    print(f"plan {digest[:12]}: {decision}")
+    print(
+        f"population '{population}': epsilon {balance.reserved:.4f} of {balance.limit:.4f} is reserved, "
+        f"{balance.left:.4f} is left"
+    )
+
+
+def _warn(notes: list[str]) -> None:
+    for note in notes:
+        print(note, file=sys.stderr)
 
 
 def _print_json(value: Any) -> None:

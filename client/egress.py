@@ -1,16 +1,21 @@
 """The one gate out of a site: whatever leaves is built here, from an allow-list.
 
-An update that arrives here is already private; what is checked is form. Values that are not finite (an overflow of the
-received adapter, which the coordinator chose) are sent as zero: that is post-processing of a private value.
+An update that arrives here is already private, and so is a metric; what is checked is form. Values that are not finite
+(an overflow of the received adapter, which the coordinator chose) are sent as zero: that is post-processing of a
+private value.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 from safetensors.numpy import load, save
 
-from client.privacy.ledger import Decision, PlanEntry
+from client.privacy.ledger import Decision, PlanEntry, StoredRelease
 from common.adapter import AdapterSpec
+from common.errors import AdapterError
 from common.messages import (
     Pending,
     PlanStatus,
@@ -21,29 +26,48 @@ from common.messages import (
     SiteDescription,
     Tensors,
     TrainRequest,
+    joined,
+    parted,
 )
 
 LARGEST = 1e30
 """Values beyond it are clamped, so that no reply can carry an extreme exponent."""
 
 
-def release(update: Tensors, spec: AdapterSpec) -> bytes:
-    """The bytes of a release: exactly the tensors of ``spec``, fp32, finite and bounded.
+NO_METRICS: Mapping[str, float] = MappingProxyType({})
+
+
+def release(
+    update: Tensors,
+    spec: AdapterSpec,
+    means: Mapping[str, float] = NO_METRICS,
+    bounds: Mapping[str, float] = NO_METRICS,
+) -> bytes:
+    """The bytes of a release: exactly the tensors of ``spec`` and the metrics of ``bounds``, fp32, finite and bounded.
+
+    Args:
+        means: each metric as a share of its bound, noise included.
+        bounds: largest value of each metric that the plan asks for.
 
     Raises:
-        AdapterError: another layout.
+        AdapterError: another layout, or other metrics.
     """
     spec.check(update, "release")
+    if means.keys() != bounds.keys():
+        raise AdapterError(f"release: metrics {sorted(means)} instead of {sorted(bounds)}; this is a defect")
     clean = {
         name: np.clip(np.nan_to_num(update[name], nan=0.0, posinf=0.0, neginf=0.0), -LARGEST, LARGEST) + np.float32(0)
         for name in spec.names
     }
-    return save({name: np.ascontiguousarray(array, np.float32) for name, array in clean.items()})
+    shares = {name: np.clip(np.nan_to_num(means[name], nan=0.0, posinf=0.0, neginf=0.0), 0.0, 1.0) for name in bounds}
+    metrics = {name: float(share * bounds[name]) + 0.0 for name, share in shares.items()}
+    return save(joined({name: np.ascontiguousarray(array, np.float32) for name, array in clean.items()}, metrics))
 
 
-def reply(site: str, request: TrainRequest, request_digest: str, payload: bytes) -> Release:
+def reply(site: str, request: TrainRequest, request_digest: str, stored: StoredRelease) -> Release:
     """A stored release as the reply to the request it was made for."""
-    return Release(site, request.run_id, request.round, request_digest, load(payload))
+    update, metrics = parted(load(stored.payload))
+    return Release(site, request.run_id, request.round, request_digest, update, stored.head, metrics)
 
 
 def refuse(site: str, reason: RefusalReason) -> Refusal:
@@ -75,6 +99,7 @@ def description(
             Decision.APPROVED: PlanStatus.READY,
             Decision.WAITING: PlanStatus.WAITING,
             Decision.REFUSED: PlanStatus.REFUSED,
+            Decision.CLOSED: PlanStatus.REFUSED,
         }[entry.decision]
         refusal, statement = entry.refusal, entry.statement if entry.decision is Decision.APPROVED else None
     if statement is not None and fixed_keys:

@@ -6,16 +6,19 @@ the egress gate → record. Nothing that depends on the data decides whether a r
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from client import egress
+from client.audit_head import Head
 from client.audit_log import AuditLog
 from client.policy import Policy
 from client.privacy.budget import state_privacy
-from client.privacy.ledger import Decision, Ledger, PlanEntry, Population, Reservation
+from client.privacy.ledger import Decision, Ledger, PlanEntry, Reservation, StoredRelease
 from client.privacy.mechanism import mechanism_for
 from client.privacy.row_independence import Probed
 from client.privacy.sampling import RoundSecret
@@ -23,15 +26,13 @@ from client.trainer import train_round
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.config import EXAMPLE
-from common.errors import AdapterError, ModelError, PrivacyError, WireError
+from common.errors import AdapterError, LedgerError, ModelError, PrivacyError, WireError
 from common.examples import Examples
 from common.messages import DescribeRequest, RefusalReason, SiteDescription, TrainReply, TrainRequest
 from common.plan import Plan, read_plan
+from common.privacy.metrics import metric_bounds
 
 log = logging.getLogger(__name__)
-
-WHOLE_SITE = "site"
-"""The one population: data the site does not know how to tell apart are charged to the same budget."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Resources:
     examples: Callable[[Plan, AdaptedModel], Examples]
     """The plan's data, encoded once."""
     physical_batch: int
+    fingerprint: Callable[[Plan], str] = lambda plan: ""
+    """Changes when the plan's data change. Never leaves the site."""
     probed: Probed = field(default_factory=Probed)
     """What is known of the resident models' rows; sites of one simulation share it."""
 
@@ -65,16 +68,18 @@ class Site:
         self.resources, self.code_digest = resources, code_digest
         self.fixed_seed, self.claims_epsilon = fixed_seed, claims_epsilon
         self._one_at_a_time = threading.Lock()
-        section = policy.section
-        ledger.declare(
-            Population(WHOLE_SITE, section.unit, policy.public_size, section.lifetime_epsilon, section.lifetime_delta)
-        )
+        self._refused: set[tuple[str, int, RefusalReason]] = set()
+        for population in policy.populations.values():
+            ledger.declare(population)
+        for data, name in policy.data.items():
+            ledger.bind_data(data, name)
 
     # ---- describe: is this plan welcome? -----------------------------------------------------------------------
 
     def describe(self, request: DescribeRequest) -> SiteDescription:
         """Shows the plan to the policy (and to a person, if it says so); answers with the public description."""
         with self._one_at_a_time:
+            self._close_expired()
             entry = self._consider(request)
         section = self.policy.section
         return egress.description(
@@ -83,7 +88,7 @@ class Site:
             self.code_digest,
             section.tasks,
             section.max_rank,
-            self.policy.public_size,
+            self._public_size(request),
             fixed_keys=not self.claims_epsilon,
         )
 
@@ -91,32 +96,68 @@ class Site:
         if request.code_digest != self.code_digest:
             log.warning("the relay was shipped with other code than this agent runs; install the coordinator's version")
             return RefusalReason.CODE_MISMATCH
+        self._heed(request.witness)
+        if self.ledger.blocked:
+            return RefusalReason.BLOCKED
         try:
             plan = read_plan(request.plan)
         except WireError:
             return RefusalReason.UNKNOWN_PLAN
         digest = plan.digest()
+        if not self.policy.signed(digest, request.signature):
+            log.warning("plan %s is not signed by a key of policy.coordinator_keys", digest[:12])
+            return RefusalReason.SIGNATURE
+        if plan.code_digest != self.code_digest:
+            return RefusalReason.CODE_MISMATCH
         bound = self.ledger.plan_of_run(request.run_id)
         if plan.run_id != request.run_id or (bound is not None and bound.digest != digest):
             return RefusalReason.PLAN_CHANGED
         if bound is None:
-            self._receive(plan, digest)
+            self._receive(plan, digest, request.signature)
         entry = self.ledger.plan(digest)
         assert entry is not None
         if entry.decision is Decision.WAITING and self.policy.section.approval == "automatic":
             return self.policy.refusal(plan) or self._approve(entry)
         return entry
 
-    def _receive(self, plan: Plan, digest: str) -> None:
+    def _heed(self, witness: str) -> None:
+        """Stops the site for good if somebody shows a head of its own audit log that the log does not hold."""
+        if not witness or self.ledger.blocked:
+            return
+        try:
+            head = Head.parse(witness)
+        except LedgerError:
+            return  # a stranger's nonsense; what is wrong with the log itself is raised
+        if self.audit.contradicts(head):
+            self.ledger.block("a signed head of the audit log was shown that this log does not hold")
+            self.audit.append("site blocked", why="a head was shown that this log does not hold")
+
+    def _close_expired(self) -> None:
+        for digest in self.ledger.expire(self.policy.section.plan_days):
+            self.audit.append("plan closed", plan=digest, why="expired")
+
+    def _public_size(self, request: DescribeRequest) -> int:
+        """Of the population that the plan is charged to."""
+        try:
+            return self.policy.population_of(read_plan(request.plan)).public_size
+        except WireError:
+            return next(iter(self.policy.populations.values())).public_size
+
+    def _receive(self, plan: Plan, digest: str, signature: str) -> None:
         """Policy first, then the calibrated cost, then the decision. Looks at no data."""
         refusal = self.policy.refusal(plan)
+        population = self.policy.population_of(plan)
         statement = None
         if refusal is None:
             try:
-                statement = state_privacy(plan, self.policy.public_size)
+                statement = state_privacy(plan, population.public_size)
             except PrivacyError:
                 refusal = RefusalReason.POLICY
-        self.ledger.receive(digest, plan.run_id, plan.canonical(), WHOLE_SITE, statement, refusal)
+            else:
+                refusal = RefusalReason.POLICY if self.policy.too_quiet(statement) else None
+        self.ledger.receive(
+            digest, plan.run_id, plan.canonical(), population.name, statement, refusal, signature=signature
+        )
         self.audit.append("plan received", run=plan.run_id, plan=digest, refusal=refusal)
 
     def _approve(self, entry: PlanEntry) -> PlanEntry:
@@ -130,22 +171,42 @@ class Site:
     # ---- train: one round ---------------------------------------------------------------------------------------
 
     def train(self, request: TrainRequest) -> TrainReply:
-        """One round: the stored release if there is one, else reserve, train, release, record."""
+        """One round: the stored release if there is one, else reserve, train, release, record.
+
+        Every answer waits until ``policy.reply_after``, so that none is told by its time.
+        """
+        earliest = time.monotonic() + self.policy.section.reply_after
+        try:
+            return self._train(request)
+        finally:
+            time.sleep(max(0.0, earliest - time.monotonic()))
+
+    def _train(self, request: TrainRequest) -> TrainReply:
         with self._one_at_a_time:
+            self._close_expired()
+            if self.ledger.blocked:
+                return egress.refuse(self.name, RefusalReason.BLOCKED)
             entry = self.ledger.plan(request.plan_digest)
             if entry is None or entry.run_id != request.run_id:
                 return egress.refuse(self.name, RefusalReason.UNKNOWN_PLAN)
             if entry.decision is Decision.WAITING:
                 return egress.pending(self.name)
-            if entry.decision is Decision.REFUSED:
+            if entry.decision in (Decision.REFUSED, Decision.CLOSED):
                 return egress.refuse(self.name, entry.refusal or RefusalReason.POLICY)
             outcome = self._released(read_plan(entry.body), request)
             if isinstance(outcome, RefusalReason):
-                self.audit.append("round refused", run=request.run_id, round=request.round, reason=outcome)
+                self._record_refusal(entry, request, outcome)
                 return egress.refuse(self.name, outcome)
             return egress.reply(self.name, request, request.digest(), outcome)
 
-    def _released(self, plan: Plan, request: TrainRequest) -> bytes | RefusalReason:
+    def _record_refusal(self, entry: PlanEntry, request: TrainRequest, reason: RefusalReason) -> None:
+        """Once for each plan, reason and round it has: who asks again and again does not fill the disk."""
+        round = request.round if 1 <= request.round <= read_plan(entry.body).rounds else 0
+        if (entry.digest, round, reason) not in self._refused:
+            self._refused.add((entry.digest, round, reason))
+            self.audit.append("round refused", run=entry.run_id, round=request.round, reason=reason)
+
+    def _released(self, plan: Plan, request: TrainRequest) -> StoredRelease | RefusalReason:
         if not 1 <= request.round <= plan.rounds:
             return RefusalReason.OUT_OF_ORDER
         digest = request.digest()
@@ -164,6 +225,10 @@ class Site:
             names = model.trained_in(phase, request.round)
         except ModelError:
             return RefusalReason.MODEL
+        if not self.ledger.same_data(request.plan_digest, self.resources.fingerprint(plan)):
+            self.ledger.close_plan(request.plan_digest, "its data were changed")
+            self.audit.append("plan closed", run=request.run_id, plan=request.plan_digest, why="its data were changed")
+            return RefusalReason.CLOSED
         rows = self._rows(plan)
         if plan.privacy.mechanism != "none" and (fault := self.resources.probed.fault(model, names, rows)):
             log.warning("the plan cannot be trained privately here: %s", fault)
@@ -179,10 +244,20 @@ class Site:
         if isinstance(reservation, RefusalReason):
             return reservation
         self.audit.append("round reserved", run=request.run_id, round=request.round, request=digest)
-        payload = egress.release(self._update(plan, request, reservation, model, names), model.spec.part(names))
-        self.ledger.record(reservation, payload)
-        self.audit.append("round released", run=request.run_id, round=request.round, request=digest)
-        return payload
+        update, means = self._update(plan, request, reservation, model, names)
+        bounds = metric_bounds(plan.privacy.metrics, model.task.outcomes(model.network))
+        payload = egress.release(update, model.spec.part(names), means, bounds)
+        self.audit.append(
+            "round released",
+            run=request.run_id,
+            round=request.round,
+            request=digest,
+            release=hashlib.sha256(payload).hexdigest(),
+            size=len(payload),
+        )
+        head = self.audit.sign_head()
+        self.ledger.record(reservation, payload, head)
+        return StoredRelease(payload, head)
 
     def _rows(self, plan: Plan) -> int:
         """Rows of a physical batch: so many that no unit of several examples is cut in two."""
@@ -192,9 +267,11 @@ class Site:
 
     def _update(
         self, plan: Plan, request: TrainRequest, reservation: Reservation, model: AdaptedModel, names: tuple[str, ...]
-    ) -> AdapterState:
-        mechanism = mechanism_for(plan.privacy, reservation.phase, self.policy.public_size, reservation.secret)
-        return train_round(
+    ) -> tuple[AdapterState, dict[str, float]]:
+        """The round's update and the means of the plan's metrics, both with their noise."""
+        size = self.policy.population_of(plan).public_size
+        mechanism = mechanism_for(plan.privacy, reservation.phase, size, reservation.secret)
+        update = train_round(
             model,
             self._examples(plan, model),
             request.adapter,
@@ -205,6 +282,7 @@ class Site:
             self._rows(plan),
             plan.privacy.max_examples_per_unit,
         )
+        return update, mechanism.means()
 
     def _examples(self, plan: Plan, model: AdaptedModel) -> Examples:
         """The plan's data; none at all where they cannot be read, since a missing release would tell of that."""

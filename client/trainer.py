@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 
 from client.privacy.mechanism import PrivacyMechanism
+from client.privacy.metrics import row_metrics
 from client.privacy.sampling import RoundSecret, examples_of
 from common.adapted import AdaptedModel, Cut
 from common.adapter import AdapterState
@@ -16,6 +17,7 @@ from common.config import PhaseSection
 from common.errors import ConsiliumError
 from common.examples import Batch, Examples
 from common.messages import Tensors
+from common.tasks.base import Task
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ def train_round(
     step_done: Callable[[], None] = lambda: None,
 ) -> AdapterState:
     """Runs the phase's local steps and returns θ_local − θ_received of exactly ``names``, fp32.
+
+    What is measured on the way stays with the mechanism.
 
     Args:
         rows: rows of one physical batch; with units of several examples at least ``most``.
@@ -66,8 +70,9 @@ def _accumulate(
     The shape stays the same, so the other units' gradients are the same either way. Whatever kind of error it is:
     which units are there must not decide whether a release comes.
     """
+    forward = _Forward(model, batch, cut, mechanism.metrics)
     try:
-        mechanism.accumulate(lambda: _losses(model, batch, cut), batch.slots())
+        mechanism.accumulate(forward.losses, batch.slots(), forward.measured if mechanism.metrics else None)
     except ConsiliumError:  # the phase or the model cannot be trained at all, with any example
         raise
     except Exception:
@@ -80,9 +85,30 @@ def _accumulate(
                 _accumulate(model, mechanism, examples, alone, rows, cut)
 
 
-def _losses(model: AdaptedModel, batch: Batch, cut: Cut) -> torch.Tensor:
+class _Forward:
+    """One forward pass over a physical batch, and what it shows beside the loss."""
+
+    def __init__(self, model: AdaptedModel, batch: Batch, cut: Cut, metrics: Sequence[str]) -> None:
+        self.model, self.batch, self.cut, self.metrics = model, batch, cut, metrics
+
+    def losses(self) -> torch.Tensor:
+        """Weighted loss of each row [B]."""
+        task, batch = self.model.task, self.batch
+        logits = self.model.top(batch.inputs, batch.mask, self.cut)
+        losses = _losses(task, batch, logits)
+        if self.metrics:
+            outcomes = task.outcomes(self.model.network)
+            self._rows = row_metrics(self.metrics, task, batch, logits, losses, outcomes)
+        return losses
+
+    def measured(self) -> torch.Tensor:
+        """Weighted metrics of each row [B, k], of the pass that gave the losses."""
+        return self._rows
+
+
+def _losses(task: Task, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
     """Weighted loss of each row [B]; exactly zero where the row's weight is zero."""
-    losses = model.task.per_example_loss(model.top(batch.inputs, batch.mask, cut), batch.targets)
+    losses = task.per_example_loss(logits, batch.targets)
     return torch.where(batch.weights > 0, losses * batch.weights, torch.zeros_like(losses))
 
 

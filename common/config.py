@@ -132,9 +132,17 @@ class PrivacySection(Section):
     noise: Literal["secure", "fast"] = "secure"
     """``secure``: fit for release, on an integer grid. ``fast``: floating point, for simulations; real sites refuse
     it."""
+    metrics: tuple[Literal["loss", "accuracy"], ...] = ()
+    """What each site tells of its own training examples in a round, with noise, within the same ε: their mean ``loss``,
+    cut at 2·ln(number of labels or tokens), and ``accuracy`` (causal LM: of the completion's tokens). Each site's
+    policy must list them."""
+    metrics_share: Annotated[float, Field(gt=0, le=0.5, strict=True)] = 0.05
+    """Share of each step's budget, as a ratio of μ², that the metrics together get; the gradient gets the rest."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PrivacySection:
+        if len(set(self.metrics)) != len(self.metrics):
+            raise ValueError("metrics: a metric appears twice")
         if self.mechanism == "dp-sgd" and self.epsilon is None:
             raise ValueError("epsilon: must be given with mechanism = 'dp-sgd'; or set mechanism = 'none'")
         return self
@@ -202,6 +210,9 @@ class ServerSection(Section):
     """PEM file of the authority that signed the SuperLink's certificate."""
     insecure: bool = False
     """Talk to the SuperLink without TLS. For tests on one machine."""
+    signing_key: Path | None = None
+    """The coordinator's private key (``consilium server keygen``); sites pin its public half, and take no plan that it
+    has not signed. A simulation makes one of its own."""
 
 
 class EvaluationSection(Section):

@@ -153,6 +153,9 @@ class Release:
     """θ_local − θ_received of exactly the tensors this round trains."""
     head: str = ""
     """The signed head of the site's audit log at this release: how many lines, and the hash of the last."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Means over the site's training examples in this round, under the plan's own budget: exactly those that the plan
+    asks for. fp32 values."""
     schema_version: int = SCHEMA_VERSION
 
 
@@ -189,6 +192,22 @@ class SiteService(Protocol):
     def train(self, request: TrainRequest) -> TrainReply:
         """One round of local training."""
         ...
+
+
+METRIC = "metrics/"
+"""Marks a metric among the tensors of a stored release; no tensor's name starts with it."""
+
+
+def joined(update: Tensors, metrics: Mapping[str, float]) -> dict[str, npt.NDArray[np.float32]]:
+    """Tensors and metrics of a release in one mapping, each metric as an fp32 scalar."""
+    return {**update, **{METRIC + name: np.array(value, np.float32) for name, value in metrics.items()}}
+
+
+def parted(stored: Tensors) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, float]]:
+    """What :func:`joined` has joined."""
+    update = {name: array for name, array in stored.items() if not name.startswith(METRIC)}
+    metrics = {name.removeprefix(METRIC): stored[name].item() for name in sorted(stored.keys() - update.keys())}
+    return update, metrics
 
 
 def hash_tensors(state: hashlib._Hash, tensors: Tensors) -> None:

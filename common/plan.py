@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from common.config import (
     SCHEMA_VERSION,
@@ -30,7 +30,7 @@ class Plan(Section):
     """What a site is asked to agree to."""
 
     schema_version: int = SCHEMA_VERSION
-    run_id: str
+    run_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]{0,159}$")]
     """One plan funds one run; the same settings under another run id are another plan."""
     seed: int
     """Public seed: initialisation and cohorts only."""
@@ -43,6 +43,8 @@ class Plan(Section):
     phases: tuple[PhaseSection, ...]
     adapter_digest: str
     """Digest of the adapter's layout (:class:`common.adapter.AdapterSpec`)."""
+    code_digest: str
+    """Digest of the code that both sides must run (:mod:`common.code`)."""
     neighbouring: Literal["add-remove-one"] = "add-remove-one"
     accountant: Literal["prv"] = "prv"
 
@@ -80,7 +82,7 @@ class Plan(Section):
         return hashlib.sha256(self.canonical().encode()).hexdigest()
 
 
-def plan_of(config: RunConfig, run_id: str, model_digest: str, adapter_digest: str) -> Plan:
+def plan_of(config: RunConfig, run_id: str, model_digest: str, adapter_digest: str, code_digest: str) -> Plan:
     """The plan of a run."""
     return Plan(
         run_id=run_id,
@@ -92,6 +94,7 @@ def plan_of(config: RunConfig, run_id: str, model_digest: str, adapter_digest: s
         privacy=config.privacy.model_copy(update={"unit": config.unit}),
         phases=config.phases,
         adapter_digest=adapter_digest,
+        code_digest=code_digest,
     )
 
 

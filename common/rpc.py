@@ -90,6 +90,7 @@ def train_reply_frames(reply: TrainReply) -> Iterator[pb.TrainReplyFrame]:
             request_digest=reply.request_digest,
             layout=_layout(reply.update),
             head=reply.head,
+            metrics=[pb.Metric(name=name, value=reply.metrics[name]) for name in sorted(reply.metrics)],
         )
         yield pb.TrainReplyFrame(release=header)
         for chunk in _chunks(reply.update):
@@ -125,8 +126,18 @@ def train_reply_of(frames: Iterable[pb.TrainReplyFrame]) -> TrainReply:
         request_digest=header.request_digest,
         update=_tensors(header.layout, _chunks_of(stream)),
         head=header.head,
+        metrics=_metrics(header.metrics),
         schema_version=header.schema_version,
     )
+
+
+def _metrics(entries: Iterable[pb.Metric]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for entry in entries:
+        if entry.name in metrics:
+            raise WireError(f"reply: metric '{entry.name}' is given twice")
+        metrics[entry.name] = entry.value
+    return metrics
 
 
 def description_to_proto(description: SiteDescription) -> pb.SiteDescription:

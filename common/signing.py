@@ -42,14 +42,19 @@ class SigningKey:
         return _text(self._key.sign(_bound(purpose, message)))
 
     @classmethod
+    def fresh(cls) -> SigningKey:
+        """A new key that lives in this process alone."""
+        return cls(Ed25519PrivateKey.generate())
+
+    @classmethod
     def create(cls, path: Path) -> SigningKey:
         """A new key in a new file (0600), durably.
 
         Raises:
             ConfigError: the file exists, or cannot be written.
         """
-        key = Ed25519PrivateKey.generate()
-        pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        made = cls.fresh()
+        pem = made._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -61,7 +66,7 @@ class SigningKey:
             stream.write(pem)
             stream.flush()
             os.fsync(stream.fileno())
-        return cls(key)
+        return made
 
     @classmethod
     def load(cls, path: Path) -> SigningKey:

@@ -62,6 +62,7 @@ _FIELDS: Mapping[str, type] = {
     "signature": str,
     "witness": str,
     "head": str,
+    "metrics": str,
     "round": int,
     "request_digest": str,
     "site": str,
@@ -153,6 +154,21 @@ def privacy_from_json(text: str) -> PrivacyStatement:
         raise WireError(f"privacy statement: cannot be read ({type(error).__name__})") from None
 
 
+def metrics_from_json(text: str) -> dict[str, float]:
+    """A release's metrics from their JSON form. Whether they are those of the plan is for others to judge.
+
+    Raises:
+        WireError: not an object of numbers.
+    """
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict) or not all(type(value) is float for value in content.values()):
+            raise TypeError
+    except (ValueError, TypeError, RecursionError) as error:
+        raise WireError(f"metrics: cannot be read ({type(error).__name__})") from None
+    return content
+
+
 _Statement = TypeVar("_Statement", PhaseStatement, PrivacyStatement)
 _STATEMENT_FIELDS: Mapping[str, Any] = {
     "str": str,
@@ -199,6 +215,7 @@ def train_reply_to_record(reply: TrainReply) -> RecordDict:
             "round": reply.round,
             "request_digest": reply.request_digest,
             "head": reply.head,
+            "metrics": json.dumps(dict(reply.metrics), sort_keys=True),
             "schema_version": reply.schema_version,
         }
         return _record(header, reply.update)
@@ -217,8 +234,11 @@ def train_reply_from_record(record: RecordDict) -> TrainReply:
     """
     (kind,) = _fields(record, "kind", exact=False).values()
     if kind == "release":
-        header = _fields(record, "kind", "site", "run_id", "round", "request_digest", "head", "schema_version")
+        header = _fields(
+            record, "kind", "site", "run_id", "round", "request_digest", "head", "metrics", "schema_version"
+        )
         del header["kind"]
+        header["metrics"] = metrics_from_json(header["metrics"])
         return Release(**header, update=tensors_from_record(record))
     if kind == "refusal":
         header = _fields(record, "kind", "site", "reason")

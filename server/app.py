@@ -13,7 +13,6 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from common import wire
-from common.code import code_digest
 from common.config import RunConfig
 from common.errors import ConsiliumError, OutputError, RunFailed
 from common.logs import LogFormat, set_up_logging
@@ -24,7 +23,7 @@ from server.mailbox import GARBLED
 from server.prepare import TEST, prepare
 from server.report import finish, manifest
 from server.rounds import Coordinator
-from server.settings import Submission, resolved_toml
+from server.settings import Submission, resolved_toml, signing_key
 
 app = ServerApp()
 
@@ -58,18 +57,19 @@ def coordinate(grid: Grid, submission: Submission) -> None:
     """Prepares, runs and finishes one submission."""
     config = validate(RunConfig, json.loads(submission.config), "the submitted settings")
     out = Path(submission.out)
+    key = signing_key(config)
     prepared = prepare(config, submission.run_id)
     if submission.resume:
         folder = RunFolder(out)
         if folder.manifest()["plan_digest"] != prepared.plan.digest():
             raise OutputError(
-                f"--resume {out}: the run was started with other settings or another model, and a plan that sites have "
-                "agreed to cannot be changed; put the settings back, or start a new run with --out"
+                f"--resume {out}: the run was started with other settings, another model or another version, and a "
+                "plan that sites have agreed to cannot be changed; put it back, or start a new run with --out"
             )
     else:
         folder = RunFolder.create(out, resolved_toml(config), manifest(prepared, submission.run_id, "deployment"))
     coordinator = Coordinator(
-        grid, config, prepared.plan, prepared.model, prepared.evaluator, folder, code_digest(), garbled=GARBLED
+        grid, config, prepared.plan, prepared.model, prepared.evaluator, folder, key, garbled=GARBLED
     )
     result = coordinator.run(prepared.initial)
     test = prepared.evaluator.evaluate(result.adapter, TEST) if TEST in prepared.evaluator.splits else None

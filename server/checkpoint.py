@@ -150,6 +150,15 @@ class RunFolder:
         """Descriptions of all sites that ever took part; weights and privacy statements survive a resumption."""
         write_atomically(self.path / "sites.json", to_json(dict(sorted(sites.items()))))
 
+    def heads(self) -> dict[str, str]:
+        """What :meth:`store_heads` stored."""
+        file = self.path / "heads.json"
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+    def store_heads(self, heads: Mapping[str, str]) -> None:
+        """The newest signed head of each site's audit log, to be shown to the site again after a resumption."""
+        write_atomically(self.path / "heads.json", to_json(dict(sorted(heads.items()))))
+
     def waiting(self) -> str:
         """What the run waits for, in words; empty if for nothing."""
         file = self.path / "waiting.txt"

@@ -84,6 +84,24 @@ def run_command(
     console.print(f"adapter: {summary['adapter']}", soft_wrap=True)
 
 
+KEYGEN_HELP = """Make the key that signs this coordinator's plans, and print its public half for the sites.
+
+Example:
+
+  consilium server keygen coordinator.pem
+"""
+
+
+@app.command("keygen", help=KEYGEN_HELP)
+def keygen_command(path: Annotated[Path, typer.Argument(metavar="FILE", help="New file for the private key.")]) -> None:
+    """Writes the private key and prints the public one."""
+    from common.signing import SigningKey
+
+    public = SigningKey.create(path).public
+    print(f"{path} holds the private key: show it to nobody, and name it in server.signing_key", file=sys.stderr)
+    print(public)
+
+
 def predict_command(
     adapter: Annotated[Path, typer.Option("--adapter", help="DIR/adapter of a finished run.")],
     source: Annotated[Path, typer.Option("--input", help="csv, jsonl or parquet file.")],

@@ -16,7 +16,7 @@ from common.config import RunConfig
 from common.errors import ConnectionFailed, ConsiliumError, OutputError, RunFailed
 from server.checkpoint import RunFolder
 from server.lock import RunLock
-from server.settings import Submission, absolute, read_run, resolved_toml
+from server.settings import Submission, absolute, read_run, resolved_toml, signing_key
 from server.submission import SuperLinkAddress, run_status, stop, submit
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ def run_deployment(config: RunConfig, out: Path, resume: bool, progress: Progres
         ConsiliumError: what the ServerApp reported, or the SuperLink.
     """
     config = absolute(config)
+    signing_key(config)  # says now what the ServerApp would say later
     server = config.server
     superlink = SuperLinkAddress(server.superlink, server.root_certificates, server.insecure)
     folder, lock = RunFolder(out), RunLock(out)

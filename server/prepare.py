@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.algorithms import LOCAL_RULES
+from common.code import code_digest
 from common.config import RunConfig
 from common.data.read import is_file
 from common.errors import ConfigError
@@ -89,5 +90,5 @@ def prepare(
     )
     for phase in config.phases:
         model.trained_in(phase, 1)  # says now if a phase asks for layers that are not there
-    plan = plan_of(config, run_id, model.base.digest, model.spec.digest())
+    plan = plan_of(config, run_id, model.base.digest, model.spec.digest(), code_digest())
     return Prepared(config, model, plan, initial_adapter(config, model), evaluator)

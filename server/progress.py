@@ -65,10 +65,15 @@ class Bars:
 
 
 def rounds_table(history: Sequence[Mapping[str, Any]], best_round: int, most: int = 60) -> Table:
-    """Per round: the global model's metrics, bytes, seconds. Long runs show every n-th round and the best one."""
+    """Per round: the global model's metrics, the sites' own with the noise in them, bytes, seconds.
+
+    Long runs show every n-th round and the best one.
+    """
     metrics = [name for name in history[0]["metrics"] if name != "examples"]
+    own = list(dict.fromkeys(name for record in history for name in record.get("site_metrics", ())))
     table = Table(title="Global model by round (the server's validation data)")
-    for name in ("round", "phase", *metrics, "sites", "KiB down", "KiB up", "seconds"):
+    figures = [*metrics, *(f"sites' {name}" for name in own)]
+    for name in ("round", "phase", *figures, "sites", "KiB down", "KiB up", "seconds"):
         table.add_column(name.replace("_", "-"), justify="left" if name == "phase" else "right")
     every = -(-len(history) // most)
     for index, record in enumerate(history):
@@ -79,12 +84,15 @@ def rounds_table(history: Sequence[Mapping[str, Any]], best_round: int, most: in
             f"{record['round']}{mark}",
             record["phase"],
             *(_figure(record["metrics"].get(name)) for name in metrics),
+            *(_noisy_figure(record, name) for name in own),
             f"{len(record['admitted'])}/{len(record['cohort'])}" if "cohort" in record else "",
             f"{record['bytes_down'] / 1024:.1f}" if "bytes_down" in record else "",
             f"{record['bytes_up'] / 1024:.1f}" if "bytes_up" in record else "",
             f"{sum(record['seconds'].values()):.2f}",
         )
     table.caption = "* the saved adapter"
+    if own:
+        table.caption += "; sites': mean over their training examples in the round ± deviation of the privacy noise"
     return table
 
 
@@ -116,6 +124,11 @@ def _epsilon(value: float | None) -> str:
 
 def _delta(value: float | None) -> str:
     return "" if value is None else f"{value:g}"
+
+
+def _noisy_figure(record: Mapping[str, Any], name: str) -> str:
+    value, noise = (record.get(key, {}).get(name) for key in ("site_metrics", "site_metrics_noise"))
+    return _figure(value) if value is None or noise is None else f"{value:.3f} ± {noise:.3f}"
 
 
 def _figure(value: float | None) -> str:

@@ -56,6 +56,7 @@ def summary(
         "best_round": result.best_round,
         "base": result.history[0]["metrics"],
         "validation": best["metrics"],
+        **{key: best[key] for key in ("site_metrics", "site_metrics_noise") if key in best},
         "test": test,
         "adapter": str(adapter),
         "bytes_down": sum(record["bytes_down"] for record in rounds),
@@ -126,6 +127,8 @@ def write_events(folder: Path, history: tuple[dict[str, Any], ...]) -> None:
         for record in history:
             for name, value in record["metrics"].items():
                 writer.add_scalar(f"validation/{name}", value, record["round"])
+            for name, value in record.get("site_metrics", {}).items():
+                writer.add_scalar(f"sites/{name}", value, record["round"])
             for key in ("bytes_up", "bytes_down"):
                 if key in record:
                     writer.add_scalar(f"wire/{key}", record[key], record["round"])

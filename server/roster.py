@@ -11,7 +11,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flwr.app import RecordDict
@@ -20,6 +20,7 @@ from common import wire
 from common.errors import RunFailed, WireError
 from common.messages import DescribeRequest, PlanStatus, RefusalReason, SiteDescription
 from common.plan import Plan
+from common.signing import PLAN, SigningKey
 from server.admission import Rejection
 from server.checkpoint import RunFolder
 from server.mailbox import Mailbox
@@ -53,12 +54,15 @@ class Roster:
         participants: sites that are ready, by name.
         absent: sites or nodes that do not take part, with the reason.
         described: every site that ever took part in this run, also before it was resumed, as it described itself.
+        heads: the newest signed head of each site's audit log, which it is shown when it is asked again.
     """
 
-    def __init__(self, mailbox: Mailbox, plan: Plan, code_digest: str, folder: RunFolder) -> None:
+    def __init__(self, mailbox: Mailbox, plan: Plan, key: SigningKey, folder: RunFolder) -> None:
         self.mailbox, self.folder = mailbox, folder
-        request = DescribeRequest(plan.run_id, plan.canonical(), code_digest)
-        self._request = wire.describe_request_to_record(request)
+        self._request = DescribeRequest(
+            plan.run_id, plan.canonical(), plan.code_digest, key.sign(PLAN, plan.digest().encode())
+        )
+        self.heads = folder.heads()
         self.participants: dict[str, Participant] = {}
         self.absent: dict[str, str] = {}
         self.described = {site: _description(entry) for site, entry in folder.sites().items()}
@@ -125,9 +129,20 @@ class Roster:
             at, pause = self._next.get(node, (now, first))
             if now >= at:
                 self._next[node] = (now + pause, min(most, 2 * pause))
-                due[node] = self._request
+                due[node] = self._question_to(node)
         if due:
             self._questions.update(self.mailbox.send(due, wire.DESCRIBE_TYPE, ANSWER_SECONDS))
+
+    def _question_to(self, node: int) -> RecordDict:
+        """The plan; and to the site of a registered name the newest head of its own log, never another's."""
+        witness = self.heads.get(self._nodes.get(node, ""), "")
+        return wire.describe_request_to_record(replace(self._request, witness=witness))
+
+    def witness(self, site: str, head: str) -> None:
+        """Keeps the head that came with a release, durably."""
+        if head:
+            self.heads[site] = head
+            self.folder.store_heads(self.heads)
 
     def _all_heard(self) -> bool:
         """Every node that is online has answered, and every site of the run before its resumption is back."""

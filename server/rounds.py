@@ -21,8 +21,20 @@ from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.config import RunConfig
 from common.errors import RunFailed, WireError
-from common.messages import Pending, PlanStatus, Refusal, Release, SiteDescription, Tensors, TrainRequest
+from common.messages import (
+    Pending,
+    PlanStatus,
+    Refusal,
+    Release,
+    SiteDescription,
+    Tensors,
+    TrainRequest,
+    joined,
+    parted,
+)
 from common.plan import Plan
+from common.privacy.metrics import metric_bounds
+from common.signing import SigningKey
 from server import sampling
 from server.admission import Rejection, examine
 from server.aggregation.registry import aggregator_for
@@ -30,11 +42,14 @@ from server.checkpoint import Checkpoint, RunFolder
 from server.evaluation import Evaluator
 from server.mailbox import Mailbox
 from server.roster import Roster, reasons
+from server.site_metrics import site_metrics
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 VALIDATION = "validation"
+METRIC_BYTES = 4
+"""A metric is one fp32 number, like an entry of a tensor."""
 
 
 class Progress(Protocol):
@@ -98,7 +113,7 @@ class Coordinator:
     Args:
         grid: Flower's grid, of a deployment or of a simulation.
         model: the server's own resident model, for evaluation.
-        code_digest: of the server's installation; a site with another one refuses.
+        key: signs the plan; a site takes it only from a key that it has pinned.
         garbled: see :class:`server.mailbox.Mailbox`.
     """
 
@@ -110,7 +125,7 @@ class Coordinator:
         model: AdaptedModel,
         evaluator: Evaluator,
         folder: RunFolder,
-        code_digest: str,
+        key: SigningKey,
         progress: Progress | None = None,
         poll_seconds: float = POLL_SECONDS,
         garbled: tuple[type[Exception], ...] = (),
@@ -119,7 +134,8 @@ class Coordinator:
         self.evaluator, self.folder = evaluator, folder
         self.progress: Progress = progress or Silent()
         self.mailbox = Mailbox(grid, plan.run_id, poll_seconds, garbled)
-        self.roster = Roster(self.mailbox, plan, code_digest, folder)
+        self.roster = Roster(self.mailbox, plan, key, folder)
+        self.bounds = metric_bounds(plan.privacy.metrics, model.task.outcomes(model.network))
 
     # ---- the run ---------------------------------------------------------------------------------------------------
 
@@ -176,8 +192,10 @@ class Coordinator:
         # Of the cohort alone, so that a resumed round weighs as it would have, whoever has come or gone since.
         sizes = {site: self.roster.described[site].public_size for site in outcome.cohort}
         weights = sampling.weights(sizes, self.config.server.weights)
+        told: dict[str, dict[str, float]] = {}
         for site in outcome.admitted:
-            state = aggregator.accumulate(state, self.folder.reply(round, site), weights[site])
+            update, told[site] = parted(self.folder.reply(round, site))
+            state = aggregator.accumulate(state, update, weights[site])
         state, adapter = aggregator.finish(state)
         clock.lap("aggregate")
         metrics = self.evaluator.evaluate(adapter, VALIDATION)
@@ -186,6 +204,7 @@ class Coordinator:
             "round": round,
             "phase": phase.name,
             "metrics": metrics,
+            **site_metrics(told, weights, self.roster.described, self.plan.privacy, phase, self.bounds),
             "bytes_down": outcome.bytes_down,
             "bytes_up": outcome.bytes_up,
             "seconds": clock.laps,
@@ -292,12 +311,13 @@ class Coordinator:
         if not isinstance(reply, Release):
             outcome.rejected[site] = str(Rejection.NODE_ERROR)
             return Rejection.NODE_ERROR
-        rejection = examine(reply, site, request.run_id, request.round, digest, spec)
-        outcome.bytes_up += _size(reply.update)
+        rejection = examine(reply, site, request.run_id, request.round, digest, spec, self.bounds)
+        outcome.bytes_up += _size(reply.update) + METRIC_BYTES * len(reply.metrics)
         if rejection is not None:
             outcome.rejected[site] = str(rejection)
             return rejection
-        self.folder.store_reply(request.round, site, digest, reply.update)
+        self.folder.store_reply(request.round, site, digest, joined(reply.update, reply.metrics))
+        self.roster.witness(site, reply.head)
         outcome.admitted.append(site)
         return "admitted"
 

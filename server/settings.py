@@ -9,6 +9,8 @@ from pathlib import Path
 import tomli_w
 
 from common.config import RunConfig
+from common.errors import ConfigError
+from common.signing import SigningKey
 from common.toml_settings import read_toml, validate
 from server.checkpoint import RunFolder
 
@@ -47,17 +49,34 @@ def absolute(config: RunConfig) -> RunConfig:
     def whole(path: str | None) -> str | None:
         return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
 
-    name, certificates = config.model.name, config.server.root_certificates
+    name, certificates, key = config.model.name, config.server.root_certificates, config.server.signing_key
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": name if name == "minilm" else whole(name)}),
             "data": config.data.model_copy(update={"path": whole(config.data.path)}),
             "evaluation": config.evaluation.model_copy(update={"path": whole(config.evaluation.path)}),
             "server": config.server.model_copy(
-                update={"root_certificates": Path(certificates).expanduser().resolve() if certificates else None}
+                update={
+                    "root_certificates": Path(certificates).expanduser().resolve() if certificates else None,
+                    "signing_key": Path(key).expanduser().resolve() if key else None,
+                }
             ),
         }
     )
+
+
+def signing_key(config: RunConfig) -> SigningKey:
+    """The coordinator's key.
+
+    Raises:
+        ConfigError: none is named, or it cannot be used.
+    """
+    if config.server.signing_key is None:
+        raise ConfigError(
+            "server.signing_key: is missing; sites take only plans signed by a key they know. Make one with "
+            "'consilium server keygen FILE' and give its public half to the sites"
+        )
+    return SigningKey.load(config.server.signing_key)
 
 
 def read_run(out: Path) -> RunConfig:

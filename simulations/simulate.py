@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from client.audit_log import AuditLog
-from client.config import PolicySection
-from client.policy import Policy, rounded
+from client.policy import policy_for, rounded
 from client.privacy.budget import sample_rates, state_privacy
 from client.privacy.ledger import Ledger
 from client.privacy.row_independence import Probed
@@ -34,6 +33,7 @@ from common.errors import ConfigError, DataError, OutputError, PrivacyError
 from common.examples import Examples
 from common.messages import SiteService
 from common.plan import Plan
+from common.signing import SigningKey
 from server.checkpoint import RunFolder
 from server.evaluation import Evaluator
 from server.prepare import TEST, Prepared, prepare, resident_model, splits
@@ -137,8 +137,11 @@ class Federation:
         if not (resume and (arm.folder / "manifest.json").exists()):
             folder = RunFolder.create(arm.folder, resolved_toml(arm.config), manifest(prepared, run_id, "simulation"))
         elif folder.manifest()["plan_digest"] != prepared.plan.digest():
-            raise OutputError(f"--resume {arm.folder}: the run was started with other settings; give a new folder")
-        with self._sites(arm, prepared) as sites, watch(arm.title, prepared.plan.rounds) as progress:
+            raise OutputError(
+                f"--resume {arm.folder}: the run was started with other settings or another version; give a new folder"
+            )
+        key = SigningKey.fresh()
+        with self._sites(arm, prepared.plan, key.public) as sites, watch(arm.title, prepared.plan.rounds) as progress:
             coordinator = Coordinator(
                 InProcessGrid(sites),
                 arm.config,
@@ -146,14 +149,14 @@ class Federation:
                 self.model,
                 self.evaluator,
                 folder,
-                code_digest(),
+                key,
                 progress,
                 poll_seconds=0.0,
             )
             return Trained(arm, prepared, coordinator.run(prepared.initial))
 
     @contextmanager
-    def _sites(self, arm: Arm, prepared: Prepared) -> Iterator[Mapping[str, SiteService]]:
+    def _sites(self, arm: Arm, plan: Plan, coordinator: str) -> Iterator[Mapping[str, SiteService]]:
         """The arm's sites, each with a fresh ledger under the arm's folder."""
         ledgers = []
         sites: dict[str, SiteService] = {}
@@ -163,9 +166,9 @@ class Federation:
             ledgers.append(ledger)
             sites[name] = Site(
                 name,
-                self._policy(name, arm.config),
+                policy_for(plan, self.public_size(name), coordinator),
                 ledger,
-                AuditLog(folder / "audit.jsonl", durable=False),
+                AuditLog(folder / "audit.jsonl", durable=False, site=name, key=SigningKey.fresh()),
                 Resources(
                     model=lambda plan: self.model,
                     examples=lambda plan, model, name=name: self.examples[name],  # type: ignore[misc]
@@ -180,22 +183,6 @@ class Federation:
         finally:
             for ledger in ledgers:
                 ledger.close()
-
-    def _policy(self, site: str, config: RunConfig) -> Policy:
-        """A simulated site allows its own run and nothing else."""
-        epsilon = config.privacy.epsilon or 1.0
-        section = PolicySection(
-            public_size=self.public_size(site),
-            lifetime_epsilon=1e6,
-            max_epsilon=epsilon,
-            max_delta=1e-3,
-            max_rank=config.lora.r,
-            allow_no_privacy=config.privacy.mechanism == "none",
-            approval="automatic",
-            unit=config.unit,
-            secure_noise=False,
-        )
-        return Policy(self.public_size(site), section, (config.data.name,), (self.model.base.digest,))
 
 
 def simulate(config: RunConfig, out: Path, resume: bool, watch: Watch) -> dict[str, Any]:

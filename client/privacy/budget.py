@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from common.messages import PhaseStatement, PrivacyStatement
 from common.plan import Plan
-from common.privacy.accounting import PhaseLoad, Segment, calibrate, default_delta, epsilon
+from common.privacy.accounting import PhaseLoad, Segment, calibrate, default_delta, epsilon, filter_epsilon
 
 
 def sample_rates(plan: Plan, public_size: int) -> tuple[float, ...]:
@@ -64,3 +66,40 @@ def segments_of(statement: PrivacyStatement) -> tuple[Segment, ...]:
         for phase in statement.phases
         if phase.noise_multiplier > 0
     )
+
+
+@dataclass(frozen=True)
+class Balance:
+    """A population's budget: what of its lifetime ε is gone.
+
+    All figures are the lifetime filter's (:func:`common.privacy.accounting.filter_epsilon`), which do not add up: two
+    plans together cost less than the sum of what each costs alone, and more than a plan's own stated ε says.
+    """
+
+    limit: float
+    """ε over the population's lifetime."""
+    delta: float
+    """The δ it is stated at."""
+    charged: tuple[Segment, ...] = field(repr=False)
+    """Steps of funded rounds."""
+    planned: tuple[Segment, ...] = field(repr=False)
+    """Steps of all plans ever approved; the charged ones are among them."""
+
+    @property
+    def spent(self) -> float:
+        """ε of what was executed."""
+        return filter_epsilon(self.charged, self.delta)
+
+    @property
+    def reserved(self) -> float:
+        """ε of what was approved, executed or not. It is never refunded, and it alone is compared with the limit."""
+        return filter_epsilon(self.planned, self.delta)
+
+    @property
+    def left(self) -> float:
+        """How far the limit is from what is reserved."""
+        return max(0.0, self.limit - self.reserved)
+
+    def after(self, statement: PrivacyStatement) -> float:
+        """What would be reserved if a further plan were approved. Beyond the limit, the ledger refuses it."""
+        return filter_epsilon([*self.planned, *segments_of(statement)], self.delta)

@@ -1,195 +1,109 @@
 """The site's privacy ledger: charge before spend, nothing refunded, one release per reserved round.
 
-One SQLite file (WAL, synchronous=FULL) outlives all runs. Approving a plan reserves its whole cost under the lifetime
-limit of its population, or refuses it. Reserving a round writes its secret seed durably (0600, in a folder of its own
-that belongs outside backups) before the first gradient, so that after a crash the *same* release is computed again; the
-seed is deleted in the moment the release is stored.
+One SQLite file outlives all runs; its tables are described in :mod:`client.privacy.schema`. Approving a plan reserves
+its whole cost under the lifetime limit of its population, or refuses it. Reserving a round writes its secret seed
+durably (0600, in a folder of its own that belongs outside backups) before the first gradient, so that after a crash the
+*same* release is computed again; the seed is deleted in the moment the release is stored.
 
-==============  ====================================================================================================
-populations     who the budget belongs to, and its lifetime limit
-plans           every plan ever shown, its decision and its calibrated statement
-reservations    per plan and phase: q, σ, C and steps reserved at approval, all of them at once
-charges         per round: which request was funded, and whether its release is stored
-releases        the exact bytes that left, to be sent again unchanged
-==============  ====================================================================================================
+An older copy of the file is told by a counter outside it (:mod:`client.privacy.ledger_file`), and refused.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sqlite3
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from enum import StrEnum
+from contextlib import closing, contextmanager
+from datetime import datetime, timedelta
 from pathlib import Path
+from sqlite3 import Connection
 
-from client.privacy.budget import segments_of
+from client.privacy import plans, populations, rounds
+from client.privacy.agent_lock import agent_lock
+from client.privacy.budget import Balance as Balance
+from client.privacy.clock import LedgerClock
+from client.privacy.counter import Counter
+from client.privacy.ledger_entries import Decision as Decision
+from client.privacy.ledger_entries import PlanEntry as PlanEntry
+from client.privacy.ledger_entries import Population as Population
+from client.privacy.ledger_entries import Reservation as Reservation
+from client.privacy.ledger_entries import StoredRelease as StoredRelease
+from client.privacy.ledger_file import LedgerFile
 from client.privacy.sampling import RoundSecret
+from client.privacy.schema import count, read_meta, sequence_of, write_meta
 from client.privacy.secret_files import SecretFiles
 from common.errors import LedgerError
-from common.messages import PhaseStatement, PrivacyStatement, RefusalReason
-from common.privacy.accounting import Segment, filter_epsilon
+from common.messages import PrivacyStatement, RefusalReason
+from common.privacy.accounting import Segment
 
-SCHEMA_VERSION = 1
-
-TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE populations (
-  name TEXT PRIMARY KEY, unit TEXT NOT NULL, public_size INTEGER NOT NULL,
-  lifetime_epsilon REAL NOT NULL, lifetime_delta REAL NOT NULL, created_at TEXT NOT NULL) STRICT;
-CREATE TABLE plans (
-  digest TEXT PRIMARY KEY, run_id TEXT NOT NULL UNIQUE, population TEXT NOT NULL REFERENCES populations(name),
-  body TEXT NOT NULL, signature BLOB, status TEXT NOT NULL, refusal TEXT, statement TEXT,
-  received_at TEXT NOT NULL, decided_at TEXT) STRICT;
-CREATE TABLE reservations (
-  plan TEXT NOT NULL REFERENCES plans(digest), phase INTEGER NOT NULL, name TEXT NOT NULL,
-  sample_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, clip_norm REAL NOT NULL, steps INTEGER NOT NULL,
-  PRIMARY KEY (plan, phase), UNIQUE (plan, name)) STRICT;
-CREATE TABLE charges (
-  plan TEXT NOT NULL REFERENCES plans(digest), round INTEGER NOT NULL, phase TEXT NOT NULL,
-  request_digest TEXT NOT NULL, sample_rate REAL NOT NULL, noise_multiplier REAL NOT NULL, steps INTEGER NOT NULL,
-  reserved_at TEXT NOT NULL, released_at TEXT, PRIMARY KEY (plan, round)) STRICT;
-CREATE TABLE releases (
-  plan TEXT NOT NULL, round INTEGER NOT NULL, payload BLOB NOT NULL, PRIMARY KEY (plan, round),
-  FOREIGN KEY (plan, round) REFERENCES charges(plan, round)) STRICT;
-"""
-
-
-class Decision(StrEnum):
-    """Where a plan stands at this site."""
-
-    WAITING = "waiting"
-    APPROVED = "approved"
-    REFUSED = "refused"
-
-
-@dataclass(frozen=True)
-class Population:
-    """Whose budget it is."""
-
-    name: str
-    unit: str
-    public_size: int
-    lifetime_epsilon: float
-    lifetime_delta: float
-
-
-@dataclass(frozen=True)
-class PlanEntry:
-    """A plan as the ledger knows it."""
-
-    digest: str
-    run_id: str
-    body: str
-    decision: Decision
-    refusal: RefusalReason | None
-    statement: PrivacyStatement | None
-    received_at: str
-
-
-@dataclass(frozen=True)
-class Reservation:
-    """A funded round: exactly one release of exactly this request, with exactly this secret."""
-
-    plan: str
-    round: int
-    request_digest: str
-    phase: PhaseStatement
-    """q, σ and C as reserved; ``steps`` are those of this round."""
-    secret: RoundSecret
+CLOCK_IS_STORED_EVERY = timedelta(hours=1)
+"""So much of an expiry can a clock that is set back delay, whenever the agent is started again."""
 
 
 class Ledger:
-    """See the module's description. Safe for several threads of one process.
+    """See the module's description. Safe for several threads of one process, and beside other processes.
 
     Args:
         folder: holds ``ledger.sqlite`` and ``secrets/``.
         durable: ``False`` in simulations, whose ledgers are fresh: written, but not forced to the disk.
         keep_open: ``False`` closes the file between uses, for simulations of very many sites.
+        counter: a small file in another folder, which is never restored together with this one: it holds the ledger's
+            sequence number, and so tells an older copy. ``None`` in simulations.
+        accept_copy: takes the file for its newest copy, whatever the counter says. Only a person can know that, and
+            only :meth:`unblock` may follow.
 
     Raises:
-        LedgerError: the file is damaged, or was written by a newer version.
+        LedgerError: the file is damaged, an older copy, or was written by a newer version; or it cannot be used.
     """
 
-    def __init__(self, folder: Path, durable: bool = True, keep_open: bool = True) -> None:
-        self.folder, self.durable, self.keep_open = folder, durable, keep_open
+    def __init__(
+        self,
+        folder: Path,
+        durable: bool = True,
+        keep_open: bool = True,
+        counter: Path | None = None,
+        accept_copy: bool = False,
+    ) -> None:
+        if counter is not None and counter.resolve().is_relative_to(folder.resolve()):
+            raise LedgerError(
+                f"counter {counter}: lies in the ledger's folder {folder} and would be restored together with it; "
+                "give site.counter a path elsewhere"
+            )
+        self.folder, self.path = folder, folder / "ledger.sqlite"
+        self._file = LedgerFile(
+            self.path, durable, keep_open, None if counter is None else Counter(counter, durable), accept_copy
+        )
+        self._clock = LedgerClock()
         self._secrets = SecretFiles(folder / "secrets", durable)
-        self.path = folder / "ledger.sqlite"
-        self._lock = threading.RLock()
-        self._open: sqlite3.Connection | None = None
-        with self._connection() as db:
-            self._prepare(db)
-            self._delete_used_secrets(db)
+        with self._file.writing() as db:
+            self._clock.read(db)  # it runs from here on
+            self._delete_spent_secrets(db)
 
     def close(self) -> None:
         """Closes the file."""
-        with self._lock:
-            if self._open is not None:
-                self._open.close()
-                self._open = None
+        self._file.close()
 
     @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
-        """The open file, for one thread at a time."""
-        with self._lock:
-            outermost = self._open is None
-            try:
-                if self._open is None:
-                    self._open = self._connect()
-                yield self._open
-            except sqlite3.DatabaseError as error:
-                raise LedgerError(
-                    f"ledger {self.path}: cannot be used ({error}); do not delete it, and put no older copy in its "
-                    "place, which would forget what was spent"
-                ) from None
-            finally:
-                if outermost and not self.keep_open:
-                    self.close()
+    def serve_alone(self) -> Iterator[None]:
+        """While this lasts, no other agent serves from this ledger; commands of a person work beside it.
 
-    def _connect(self) -> sqlite3.Connection:
-        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
-        os.chmod(self.path, 0o600)
-        db.execute("PRAGMA journal_mode=WAL")
-        db.execute(f"PRAGMA synchronous={'FULL' if self.durable else 'OFF'}")
-        db.execute("PRAGMA foreign_keys=ON")
-        return db
+        Raises:
+            LedgerError: one does.
+        """
+        with agent_lock(self.folder / "agent.lock"):
+            yield
 
-    def _prepare(self, db: sqlite3.Connection) -> None:
-        with self._transaction():
-            if not db.execute("SELECT 1 FROM sqlite_master WHERE name='meta'").fetchone():
-                for statement in TABLES.split(";"):
-                    db.execute(statement)
-                db.execute("INSERT INTO meta VALUES ('schema_version', ?)", (str(SCHEMA_VERSION),))
-            version = int(db.execute("SELECT value FROM meta WHERE key='schema_version'").fetchone()[0])
-        if version > SCHEMA_VERSION:
-            raise LedgerError(
-                f"ledger {self.path}: schema_version {version} is newer than this installation knows "
-                f"({SCHEMA_VERSION}); update it"
-            )
+    @property
+    def sequence(self) -> int:
+        """Grows by one in each transaction that spends or decides."""
+        with self._file.reading() as db:
+            return sequence_of(db)
 
-    def _delete_used_secrets(self, db: sqlite3.Connection) -> None:
-        """What a crash between storing a release and deleting its secret has left."""
-        for key in self._secrets.rounds():
-            if db.execute("SELECT 1 FROM releases WHERE plan=? AND round=?", key).fetchone():
-                self._secrets.delete(*key)
+    @property
+    def clock_ahead(self) -> timedelta:
+        """How far the ledger's clock is ahead of the system's; more than a moment where that one was changed."""
+        with self._file.reading() as db:
+            return self._clock.ahead(db)
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A write transaction that excludes every other writer, also of other processes."""
-        with self._connection() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
-            db.execute("COMMIT")
-
-    # ---- plans ------------------------------------------------------------------------------------------------
+    # ---- populations ------------------------------------------------------------------------------------------
 
     def declare(self, population: Population) -> None:
         """Makes a population known. Its unit, public size and δ are fixed from then on.
@@ -199,50 +113,53 @@ class Ledger:
         Raises:
             LedgerError: a fixed field differs from what was declared before.
         """
-        with self._transaction() as db:
-            row = db.execute(
-                "SELECT unit, public_size, lifetime_delta FROM populations WHERE name=?", (population.name,)
-            ).fetchone()
-            if row is None:
-                values = (*asdict(population).values(), _now())
-                db.execute("INSERT INTO populations VALUES (?,?,?,?,?,?)", values)
-                return
-            for field, known in zip(("unit", "public_size", "lifetime_delta"), row, strict=True):
-                if (value := getattr(population, field)) != known:
-                    raise LedgerError(
-                        f"policy.{field} = {value}: population '{population.name}' was declared with {known}, which is "
-                        "fixed for its lifetime; put the old value back"
-                    )
-            db.execute(
-                "UPDATE populations SET lifetime_epsilon=? WHERE name=?", (population.lifetime_epsilon, population.name)
-            )
+        with self._file.writing() as db:
+            populations.declare(db, population, self._clock.stamp(db))
+
+    def populations(self) -> list[Population]:
+        """All that were ever declared, also those that ``site.toml`` no longer names."""
+        with self._file.reading() as db:
+            return populations.listed(db)
+
+    def bind_data(self, name: str, population: str) -> None:
+        """Binds a data set to the population its rows belong to. The first binding is for ever.
+
+        Raises:
+            LedgerError: it is bound to another population, which its rows have been charged to.
+        """
+        with self._file.writing() as db:
+            populations.bind(db, name, population, self._clock.stamp(db))
+
+    def reserved(self, population: str) -> list[Segment]:
+        """Everything ever reserved by approved plans of a population. Nothing leaves this list."""
+        with self._file.reading() as db:
+            return populations.reserved(db, population)
+
+    def balance(self, population: str) -> Balance:
+        """What is gone of a population's budget.
+
+        Raises:
+            LedgerError: there is no such population.
+        """
+        with self._file.reading() as db:
+            return populations.balance(db, population)
+
+    # ---- plans ------------------------------------------------------------------------------------------------
 
     def plan(self, digest: str) -> PlanEntry | None:
         """The plan with this digest, if it was ever shown."""
-        return self._entry("digest", digest)
+        with self._file.reading() as db:
+            return plans.found(db, "digest", digest)
 
     def plan_of_run(self, run_id: str) -> PlanEntry | None:
         """The plan a run id is bound to."""
-        return self._entry("run_id", run_id)
+        with self._file.reading() as db:
+            return plans.found(db, "run_id", run_id)
 
     def plans(self, decision: Decision | None = None) -> list[PlanEntry]:
         """All plans in the order they came, or those with one decision."""
-        with self._connection() as db:
-            rows = db.execute("SELECT digest FROM plans ORDER BY rowid").fetchall()
-        entries = [entry for (digest,) in rows if (entry := self.plan(digest)) is not None]
-        return [entry for entry in entries if decision in (None, entry.decision)]
-
-    def _entry(self, field: str, value: str) -> PlanEntry | None:
-        with self._connection() as db:
-            row = db.execute(
-                f"SELECT digest, run_id, body, status, refusal, statement, received_at FROM plans WHERE {field}=?",
-                (value,),
-            ).fetchone()
-        if row is None:
-            return None
-        statement = _statement(row[5]) if row[5] else None
-        refusal = RefusalReason(row[4]) if row[4] else None
-        return PlanEntry(row[0], row[1], row[2], Decision(row[3]), refusal, statement, row[6])
+        with self._file.reading() as db:
+            return [entry for entry in plans.listed(db) if decision in (None, entry.decision)]
 
     def receive(
         self,
@@ -252,86 +169,119 @@ class Ledger:
         population: str,
         statement: PrivacyStatement | None,
         refusal: RefusalReason | None,
+        signature: str = "",
     ) -> None:
         """Records a plan that was shown: waiting for a decision, or refused by policy."""
-        status = Decision.WAITING if refusal is None else Decision.REFUSED
-        stated = json.dumps(asdict(statement)) if statement else None
-        with self._transaction() as db:
-            db.execute(
-                "INSERT INTO plans VALUES (?,?,?,?,NULL,?,?,?,?,NULL)",
-                (digest, run_id, population, body, status, refusal, stated, _now()),
+        decision = Decision.WAITING if refusal is None else Decision.REFUSED
+        with self._file.writing() as db:
+            now = self._clock.stamp(db)
+            entry = PlanEntry(
+                digest, run_id, body, decision, refusal, statement, now, population=population, signature=signature
             )
+            plans.receive(db, entry)
 
     def approve(self, digest: str) -> Decision:
         """Reserves the plan's whole cost under the population's lifetime limit, atomically, or refuses the plan.
 
         The limit is a Rényi filter over all steps ever reserved: plans are chosen after seeing earlier releases. What
         is executed is part of what is reserved, so it holds for that too (:mod:`common.privacy.renyi`).
+
+        Raises:
+            LedgerError: the plan does not wait for a decision, or the site is blocked.
         """
-        with self._transaction() as db:
-            entry = self.plan(digest)
-            if entry is None or entry.decision is not Decision.WAITING:
-                raise LedgerError(f"plan {digest[:12]}: is not waiting for a decision")
-            if entry.statement is None or not self._affordable(db, digest, entry.statement):
-                self._decide(db, digest, Decision.REFUSED, RefusalReason.BUDGET)
-                return Decision.REFUSED
-            for index, phase in enumerate(entry.statement.phases):
-                db.execute("INSERT INTO reservations VALUES (?,?,?,?,?,?,?)", (digest, index, *asdict(phase).values()))
-            self._decide(db, digest, Decision.APPROVED, None)
-            return Decision.APPROVED
+        with self._file.writing() as db:
+            return plans.approve(db, digest, self._clock.stamp(db))
 
     def reject(self, digest: str) -> None:
         """A person at the site says no. Only a waiting plan can be rejected."""
-        with self._transaction() as db:
-            entry = self.plan(digest)
-            if entry is None or entry.decision is not Decision.WAITING:
-                raise LedgerError(f"plan {digest[:12]}: is not waiting for a decision")
-            self._decide(db, digest, Decision.REFUSED, RefusalReason.POLICY)
+        with self._file.writing() as db:
+            plans.reject(db, digest, self._clock.stamp(db))
 
-    @staticmethod
-    def _decide(db: sqlite3.Connection, digest: str, decision: Decision, refusal: RefusalReason | None) -> None:
-        db.execute(
-            "UPDATE plans SET status=?, refusal=?, decided_at=? WHERE digest=?", (decision, refusal, _now(), digest)
-        )
+    def close_plan(self, digest: str, why: str) -> None:
+        """Ends a plan for good. Its releases and secrets are deleted; its charges and reservations stay for ever.
 
-    def _affordable(self, db: sqlite3.Connection, digest: str, statement: PrivacyStatement) -> bool:
-        population, limit, delta = db.execute(
-            "SELECT name, lifetime_epsilon, lifetime_delta FROM populations JOIN plans ON population=name "
-            "WHERE digest=?",
-            (digest,),
-        ).fetchone()
-        return bool(filter_epsilon([*self.reserved(population), *segments_of(statement)], delta) <= limit)
+        Raises:
+            LedgerError: it was never shown, or was refused.
+        """
+        with self._file.writing() as db:
+            if plans.close(db, digest, why, self._clock.stamp(db)):
+                count(db)
+        self._forget([digest])
 
-    def reserved(self, population: str) -> list[Segment]:
-        """Everything ever reserved by approved plans of a population. Nothing leaves this list."""
-        with self._connection() as db:
-            rows = db.execute(
-                "SELECT sample_rate, noise_multiplier, steps FROM reservations JOIN plans ON plan = digest "
-                "WHERE population=? AND noise_multiplier > 0",
-                (population,),
-            ).fetchall()
-        return [Segment(*row) for row in rows]
+    def expire(self, days: float) -> list[str]:
+        """Closes plans whose decision, or receipt where nothing is decided, is older; returns their digests."""
+        with self._file.reading() as db:
+            idle = self._clock.unstored(db) < CLOCK_IS_STORED_EVERY
+            if idle and not plans.undecided_or_decided_before(db, self._days_ago(self._clock.read(db), days)):
+                return []
+        with self._file.writing() as db:
+            now = self._clock.stamp(db)
+            expired = plans.undecided_or_decided_before(db, self._days_ago(self._clock.read(db), days))
+            for digest in expired:
+                plans.close(db, digest, "expired", now)
+            if expired:
+                count(db)
+        self._forget(expired)
+        return expired
+
+    def same_data(self, plan_digest: str, fingerprint: str) -> bool:
+        """Whether the plan's data are those it began with. The first call binds the plan to them.
+
+        Raises:
+            LedgerError: the plan was never shown.
+        """
+        with self._file.reading() as db:
+            bound = plans.fingerprint(db, plan_digest)
+            if bound is None:
+                with self._file.writing():
+                    bound = plans.bind(db, plan_digest, fingerprint)
+            return bound == fingerprint
+
+    # ---- the whole site ---------------------------------------------------------------------------------------
+
+    @property
+    def blocked(self) -> str | None:
+        """Why the site has stopped itself, if it has: nothing is approved, trained or sent until a person looked."""
+        with self._file.reading() as db:
+            return read_meta(db, "blocked")
+
+    def block(self, why: str) -> None:
+        """Stops the site, durably. The first reason stays."""
+        with self._file.writing() as db:
+            if read_meta(db, "blocked") is None:
+                write_meta(db, "blocked", why)
+                self._clock.stamp(db)
+                count(db)
+
+    def unblock(self, why: str) -> list[str]:
+        """A person has looked and answers for it that this ledger is the newest there is; returns the plans closed.
+
+        Every open plan is closed: a copy that was older has forgotten which of their rounds were released, and would
+        release them again. What they reserved stays reserved, which covers those releases.
+        """
+        with self._file.writing() as db:
+            now = self._clock.stamp(db)
+            write_meta(db, "blocked", None)
+            closed = [entry.digest for entry in plans.listed(db) if entry.decision in plans.OPEN]
+            for digest in closed:
+                plans.close(db, digest, why, now)
+            count(db)
+        self._forget(closed)
+        return closed
 
     # ---- rounds -----------------------------------------------------------------------------------------------
 
-    def release(self, plan: str, round: int, request_digest: str) -> bytes | RefusalReason | None:
-        """The stored release of this very request; a reason if the round was funded for another request or lies before
-        one already funded; ``None`` if the round is free."""
-        with self._connection() as db:
-            row = db.execute(
-                "SELECT request_digest, payload FROM charges LEFT JOIN releases USING (plan, round) "
-                "WHERE plan=? AND round=?",
-                (plan, round),
-            ).fetchone()
-            if row is not None:
-                if row[0] != request_digest:
-                    return RefusalReason.REQUEST_CHANGED
-                return bytes(row[1]) if row[1] is not None else None
-            return RefusalReason.OUT_OF_ORDER if round < self._last_round(db, plan) else None
+    def release(self, plan: str, round: int, request_digest: str) -> StoredRelease | RefusalReason | None:
+        """The stored release of this very request; ``None`` if the round is free.
 
-    @staticmethod
-    def _last_round(db: sqlite3.Connection, plan: str) -> int:
-        return int(db.execute("SELECT COALESCE(MAX(round), 0) FROM charges WHERE plan=?", (plan,)).fetchone()[0])
+        A reason if the round was funded for another request or lies before one already funded, the plan is closed, or
+        the site blocked.
+
+        Raises:
+            LedgerError: the stored bytes are damaged.
+        """
+        with self._file.writing() as db:  # what is sent must be of the newest copy, and counted
+            return rounds.release(db, plan, round, request_digest)
 
     def reserve(
         self, plan: str, round: int, request_digest: str, phase: str, steps: int, fresh: Callable[[], RoundSecret]
@@ -344,55 +294,60 @@ class Ledger:
         Raises:
             LedgerError: the phase would execute more steps than its plan has reserved.
         """
-        with self._transaction() as db:
-            row = db.execute(
-                "SELECT sample_rate, noise_multiplier, clip_norm, steps - (SELECT COALESCE(SUM(steps), 0) FROM charges "
-                "WHERE plan=? AND phase=name) FROM reservations WHERE plan=? AND name=?",
-                (plan, plan, phase),
-            ).fetchone()
-            if row is None:
-                return RefusalReason.UNKNOWN_PLAN
-            funded = PhaseStatement(phase, row[0], row[1], row[2], steps)
-            charge = db.execute("SELECT request_digest FROM charges WHERE plan=? AND round=?", (plan, round)).fetchone()
-            if charge is not None:
-                if charge[0] != request_digest:
-                    return RefusalReason.REQUEST_CHANGED
-                secret = self._secrets.read(plan, round)
-                return Reservation(plan, round, request_digest, funded, secret) if secret else RefusalReason.SEED_LOST
-            if round < self._last_round(db, plan):
-                return RefusalReason.OUT_OF_ORDER
-            if steps > row[3]:
-                raise LedgerError(f"plan {plan[:12]}: phase '{phase}' has {row[3]} reserved steps left, not {steps}")
-            secret = fresh()
-            self._secrets.write(plan, round, secret)
-            db.execute(
-                "INSERT INTO charges VALUES (?,?,?,?,?,?,?,?,NULL)",
-                (plan, round, phase, request_digest, row[0], row[1], steps, _now()),
-            )
-        return Reservation(plan, round, request_digest, funded, secret)
+        with self._file.writing() as db:
+            now = self._clock.stamp(db)
+            return rounds.reserve(db, self._secrets, plan, round, request_digest, phase, steps, fresh, now)
 
-    def record(self, reservation: Reservation, payload: bytes) -> None:
-        """Stores the release and only then deletes its secret."""
-        with self._transaction() as db:
-            key = (reservation.plan, reservation.round)
-            db.execute("INSERT INTO releases VALUES (?,?,?)", (*key, payload))
-            db.execute("UPDATE charges SET released_at=? WHERE plan=? AND round=?", (_now(), *key))
-        self._secrets.delete(*key)
+    def record(self, reservation: Reservation, payload: bytes, head: str = "") -> None:
+        """Stores the release and only then deletes its secret.
+
+        Args:
+            head: the signed head of the audit log that leaves with it.
+
+        Raises:
+            LedgerError: it must not leave: meanwhile the plan was closed, the site blocked, or another release of this
+                round stored.
+        """
+        with self._file.writing() as db:
+            rounds.record(db, reservation, payload, head, self._clock.stamp(db))
+        self._secrets.delete(reservation.plan, reservation.round)
 
     def charges(self, plan: str) -> list[tuple[int, str, float, float, int]]:
         """(round, phase, q, σ, steps) of every funded round, in order."""
-        with self._connection() as db:
-            return db.execute(
-                "SELECT round, phase, sample_rate, noise_multiplier, steps FROM charges WHERE plan=? ORDER BY round",
-                (plan,),
-            ).fetchall()
+        with self._file.reading() as db:
+            return rounds.charges(db, plan)
+
+    def _delete_spent_secrets(self, db: Connection) -> None:
+        """What a crash has left: secrets of rounds that were never funded, are released, or belong to an ended plan.
+
+        Within a write transaction nobody else is between a secret and its charge.
+        """
+        for key in self._secrets.rounds():
+            if not rounds.unfinished(db, *key):
+                self._secrets.delete(*key)
+
+    def _forget(self, closed: list[str]) -> None:
+        """What closed plans leave on the disk beside the ledger's pages."""
+        for plan, round in self._secrets.rounds():
+            if plan in closed:
+                self._secrets.delete(plan, round)
+        if closed:
+            self._file.forget_deleted()
+
+    @staticmethod
+    def _days_ago(now: datetime, days: float) -> str:
+        return (now - timedelta(days=days)).isoformat(timespec="seconds")
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+@contextmanager
+def existing_ledger(folder: Path, counter: Path | None) -> Iterator[Ledger | None]:
+    """A site's ledger for as long as this lasts; ``None``: there never was one, and none is made.
 
-
-def _statement(text: str) -> PrivacyStatement:
-    fields = json.loads(text)
-    fields["phases"] = tuple(PhaseStatement(**phase) for phase in fields["phases"])
-    return PrivacyStatement(**fields)
+    Raises:
+        LedgerError: as :class:`Ledger`; also where only the counter is left of one.
+    """
+    if not (folder / "ledger.sqlite").exists() and (counter is None or not counter.exists()):
+        yield None
+        return
+    with closing(Ledger(folder, counter=counter)) as ledger:
+        yield ledger

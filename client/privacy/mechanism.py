@@ -11,13 +11,16 @@ a dummy row            has weight 0, so its gradient is zero before clipping
 one bad example        its whole unit contributes zero
 =====================  ==========================================================================================
 
+The metrics that the plan asks for are further coordinates of the same sum, with their share of the noise and nothing to
+decide on their own: :mod:`common.privacy.metrics` has the account.
+
 The denominator is the *public* expected batch ``q · public_size``: neither the true number of rows nor the number drawn
 ever enters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -27,11 +30,13 @@ import torch
 from torch import nn
 
 from client.privacy.clipping import clip_factors, unit_gradients
+from client.privacy.metrics import RoundMeans, RowMetrics, unit_metrics
 from client.privacy.noisy_sum import SUMS, NoisySum
 from client.privacy.per_sample import per_sample_gradients
 from client.privacy.sampling import RoundSecret, poisson_sample
 from common.config import PrivacySection
 from common.messages import PhaseStatement
+from common.privacy.metrics import NoiseSplit
 
 Losses = Callable[[], torch.Tensor]
 """Runs the forward pass and returns the weighted loss of each row, fp32 [B]."""
@@ -39,6 +44,9 @@ Losses = Callable[[], torch.Tensor]
 
 class PrivacyMechanism(Protocol):
     """Turns per-example losses into the gradient of one step."""
+
+    metrics: tuple[str, ...]
+    """What is measured beside the gradient."""
 
     def attach(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
@@ -50,16 +58,21 @@ class PrivacyMechanism(Protocol):
         """Indices of the units that take part in this step."""
         ...
 
-    def accumulate(self, losses: Losses, slots: torch.Tensor | None = None) -> None:
-        """Adds the (clipped) gradients of one physical batch.
+    def accumulate(self, losses: Losses, slots: torch.Tensor | None = None, measured: RowMetrics | None = None) -> None:
+        """Adds the (clipped) gradients of one physical batch, and its metrics.
 
         Args:
             slots: int64 [B], which unit of the batch each row belongs to; ``None``: each row is a unit of its own.
+            measured: asked after ``losses``; ``None`` if and only if there are no ``metrics``.
         """
         ...
 
     def step(self, step: int) -> None:
         """Adds the noise, divides by the public expected batch, and lets the optimiser step."""
+        ...
+
+    def means(self) -> dict[str, float]:
+        """Mean of each metric over the steps so far, as a share of its bound, with the noise that belongs on it."""
         ...
 
 
@@ -69,33 +82,54 @@ class DPSGD:
     Each step releases ``Σ_{u ∈ sample} clip_C(g_u) + N(0, σ²C² I)``, the Poisson-subsampled Gaussian mechanism with
     sensitivity C under add/remove of one unit; g_u is the mean gradient of the unit's chosen examples.
 
+    With k metrics m_u ∈ [0, 1]^k and their share s, what a unit adds is the vector (clip_C(g_u), a·m_u) of norm at most
+    √(C² + k·a²) = C/√(1-s) with a = C·√(s/(k(1-s))), and each coordinate gets N(0, σ²C²/(1-s)): the noise multiplier of
+    the step is σ again.
+
     Args:
         statement: q, σ, C and steps as calibrated and as reserved in the ledger; nothing else decides them.
         public_size: the site's declared number of units.
         secret: the round's secret.
         noise: ``secure`` or ``fast``.
+        metrics: what is measured beside the gradient.
+        metrics_share: s.
     """
 
-    def __init__(self, statement: PhaseStatement, public_size: int, secret: RoundSecret, noise: str = "secure") -> None:
+    def __init__(
+        self,
+        statement: PhaseStatement,
+        public_size: int,
+        secret: RoundSecret,
+        noise: str = "secure",
+        metrics: Sequence[str] = (),
+        metrics_share: float = 0.0,
+    ) -> None:
         self.statement, self.secret, self.noise = statement, secret, noise
         self.expected_batch = statement.sample_rate * public_size
+        self.metrics, self._means = tuple(metrics), RoundMeans(metrics)
+        self.split = NoiseSplit(len(self.metrics), metrics_share)
 
     @contextmanager
     def attach(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> Iterator[None]:
         """Makes ``backward`` yield per-example gradients; refuses uncovered parameters."""
-        deviation = self.statement.noise_multiplier * self.statement.clip_norm
+        deviation = self.split.gradient(self.statement.noise_multiplier) * self.statement.clip_norm
+        summed: list[torch.Tensor] = list(parameters.values())
+        if self.metrics:
+            summed.append(summed[0].new_zeros(len(self.metrics)))
+            # What a metric of 1 is in the sum, where all coordinates have the same noise; below it, for rounding.
+            self._one = deviation / self.split.metric(self.statement.noise_multiplier) * (1 - 2.0**-22)
         with per_sample_gradients(model, parameters) as self._forget:
             self.parameters, self.optimizer = parameters, optimizer
-            self._sum: NoisySum = SUMS[self.noise](list(parameters.values()), deviation)
+            self._sum: NoisySum = SUMS[self.noise](summed, deviation)
             yield
 
     def sample(self, n: int, step: int) -> npt.NDArray[np.int64]:
         """Poisson sampling at rate q."""
         return poisson_sample(n, self.statement.sample_rate, self.secret, step)
 
-    def accumulate(self, losses: Losses, slots: torch.Tensor | None = None) -> None:
+    def accumulate(self, losses: Losses, slots: torch.Tensor | None = None, measured: RowMetrics | None = None) -> None:
         """Per-unit gradients, clipped in fp32 to norm C over all parameters together, and summed.
 
         All or nothing: where it raises, the sum is what it was before, so that the units can be tried again.
@@ -104,24 +138,45 @@ class DPSGD:
             rows = losses()
             rows.sum().backward()  # type: ignore[no-untyped-call]
             gradients = unit_gradients(self.parameters, len(rows), slots)
-            self._sum.add(gradients, clip_factors(gradients, self.statement.clip_norm))
+            metrics = self._metrics(gradients, slots, measured)
+            factors = [clip_factors(gradients, self.statement.clip_norm)] * len(gradients)
+            unscaled = [torch.ones_like(factors[0])] * len(metrics)
+            self._sum.add([*gradients, *metrics], [*factors, *unscaled])
         finally:
             self._forget()
 
+    def _metrics(
+        self, gradients: Sequence[torch.Tensor], slots: torch.Tensor | None, measured: RowMetrics | None
+    ) -> list[torch.Tensor]:
+        """The units' metrics as one part more of the sum, [units, k], or none."""
+        if measured is None:
+            return []
+        return [unit_metrics(measured(), slots, gradients).to(gradients[0]) * self._one]
+
     def step(self, step: int) -> None:
-        """Noise N(0, σ²C²) on the sum, then the public denominator, then the optimiser."""
-        for parameter, noisy in zip(self.parameters.values(), self._sum.take(self.secret, step), strict=True):
-            parameter.grad = noisy / self.expected_batch
+        """Noise on the sum, then the public denominator, then the optimiser."""
+        noisy = self._sum.take(self.secret, step)
+        if self.metrics:
+            self._means.add(noisy.pop() / self._one)
+        for parameter, gradient in zip(self.parameters.values(), noisy, strict=True):
+            parameter.grad = gradient / self.expected_batch
         self.optimizer.step()
         self._forget()
+
+    def means(self) -> dict[str, float]:
+        """With noise of deviation ``NoiseSplit.of_mean``."""
+        return self._means.over(self.expected_batch)
 
 
 class NoPrivacy:
     """No clipping, no noise, no claim: an explicit choice. Samples like DP-SGD, so that runs compare."""
 
-    def __init__(self, statement: PhaseStatement, public_size: int, secret: RoundSecret) -> None:
+    def __init__(
+        self, statement: PhaseStatement, public_size: int, secret: RoundSecret, metrics: Sequence[str] = ()
+    ) -> None:
         self.statement, self.secret = statement, secret
         self.expected_batch = statement.sample_rate * public_size
+        self.metrics, self._means = tuple(metrics), RoundMeans(metrics)
 
     @contextmanager
     def attach(
@@ -129,6 +184,7 @@ class NoPrivacy:
     ) -> Iterator[None]:
         """Keeps the parameters and the optimiser."""
         self.parameters, self.optimizer = parameters, optimizer
+        self._measured = torch.zeros(len(self.metrics))
         optimizer.zero_grad()
         yield
 
@@ -136,7 +192,7 @@ class NoPrivacy:
         """Poisson sampling at rate q."""
         return poisson_sample(n, self.statement.sample_rate, self.secret, step)
 
-    def accumulate(self, losses: Losses, slots: torch.Tensor | None = None) -> None:
+    def accumulate(self, losses: Losses, slots: torch.Tensor | None = None, measured: RowMetrics | None = None) -> None:
         """Adds the gradient of the summed loss, unless it is not finite: then nothing is added and it raises.
 
         Raises:
@@ -149,7 +205,9 @@ class NoPrivacy:
         after = before
         try:
             losses().sum().backward()  # type: ignore[no-untyped-call]
+            more = 0.0 if measured is None else unit_metrics(measured(), slots).sum(dim=0).cpu()
             after = [_added(old, parameter.grad) for old, parameter in zip(before, parameters, strict=True)]
+            self._measured = self._measured + more
         finally:
             for parameter, gradient in zip(parameters, after, strict=True):
                 parameter.grad = gradient
@@ -161,6 +219,12 @@ class NoPrivacy:
             parameter.grad /= self.expected_batch
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._means.add(self._measured)
+        self._measured = torch.zeros_like(self._measured)
+
+    def means(self) -> dict[str, float]:
+        """Without noise."""
+        return self._means.over(self.expected_batch)
 
 
 def _added(before: torch.Tensor | None, gradient: torch.Tensor | None) -> torch.Tensor | None:
@@ -176,5 +240,5 @@ def mechanism_for(
 ) -> PrivacyMechanism:
     """The plan's mechanism: ``dp-sgd`` or ``none``."""
     if privacy.mechanism == "none":
-        return NoPrivacy(statement, public_size, secret)
-    return DPSGD(statement, public_size, secret, privacy.noise)
+        return NoPrivacy(statement, public_size, secret, privacy.metrics)
+    return DPSGD(statement, public_size, secret, privacy.noise, privacy.metrics, privacy.metrics_share)

@@ -14,21 +14,23 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from client.privacy.sampling import RoundSecret
 from common.privacy.noise import Grid, fast_gaussian, rounded_gaussian
 
 
 class NoisySum(Protocol):
-    """The sum of one step's contributions, which leaves this object only with noise on it."""
+    """The sum of one step's contributions, which leaves this object only with noise on it.
 
-    def add(self, gradients: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
-        """Adds ``factors[i] · gradients[i]`` of all units i; all of it, or where it raises nothing.
+    It has the shapes of the *parameters* it is made for, and whatever is summed up beside their gradients.
+    """
+
+    def add(self, gradients: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> None:
+        """Adds ``factors[p][i] · gradients[p][i]`` of all units i; all of it, or where it raises nothing.
 
         Args:
-            gradients: one fp32 tensor [units, numel] for each parameter; they are overwritten.
-            factors: clip factors [units].
+            gradients: one fp32 tensor [units, numel] for each parameter p; they are overwritten.
+            factors: what each unit is scaled down by, one tensor [units] for each parameter.
         """
         ...
 
@@ -40,7 +42,7 @@ class NoisySum(Protocol):
 class GridSum:
     """``secure``."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], deviation: float) -> None:
+    def __init__(self, parameters: Sequence[torch.Tensor], deviation: float) -> None:
         self.parameters, self.deviation = list(parameters), deviation
         self.grid = Grid.of(deviation)
         self._sums = self._empty()
@@ -48,9 +50,9 @@ class GridSum:
     def _empty(self) -> list[torch.Tensor]:
         return [torch.zeros(p.numel(), dtype=torch.int64, device=p.device) for p in self.parameters]
 
-    def add(self, gradients: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
+    def add(self, gradients: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> None:
         """Exact, so the order of units and batches does not matter."""
-        sums = [self.grid.summed(gradient, factors) for gradient in gradients]
+        sums = [self.grid.summed(gradient, factor) for gradient, factor in zip(gradients, factors, strict=True)]
         self._sums = [before + more for before, more in zip(self._sums, sums, strict=True)]
 
     def take(self, secret: RoundSecret, step: int) -> list[torch.Tensor]:
@@ -66,7 +68,7 @@ class GridSum:
 class FloatSum:
     """``fast``."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], deviation: float) -> None:
+    def __init__(self, parameters: Sequence[torch.Tensor], deviation: float) -> None:
         self.parameters, self.deviation = list(parameters), deviation
         self._sums = self._empty()
 
@@ -76,9 +78,9 @@ class FloatSum:
             for p in self.parameters
         ]
 
-    def add(self, gradients: Sequence[torch.Tensor], factors: torch.Tensor) -> None:
+    def add(self, gradients: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> None:
         """One matrix-vector product for each parameter."""
-        sums = [factors @ gradient for gradient in gradients]
+        sums = [factor @ gradient for gradient, factor in zip(gradients, factors, strict=True)]
         self._sums = [before + more for before, more in zip(self._sums, sums, strict=True)]
 
     def take(self, secret: RoundSecret, step: int) -> list[torch.Tensor]:

@@ -106,8 +106,16 @@ class TrainRequestFrame(_message.Message):
     chunk: bytes
     def __init__(self, header: _Optional[_Union[TrainRequestHeader, _Mapping]] = ..., chunk: _Optional[bytes] = ...) -> None: ...
 
+class Metric(_message.Message):
+    __slots__ = ("name", "value")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    value: float
+    def __init__(self, name: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
 class ReleaseHeader(_message.Message):
-    __slots__ = ("schema_version", "site", "run_id", "round", "request_digest", "layout", "head")
+    __slots__ = ("schema_version", "site", "run_id", "round", "request_digest", "layout", "head", "metrics")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     SITE_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
@@ -115,6 +123,7 @@ class ReleaseHeader(_message.Message):
     REQUEST_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     HEAD_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     site: str
     run_id: str
@@ -122,7 +131,8 @@ class ReleaseHeader(_message.Message):
     request_digest: str
     layout: _containers.RepeatedCompositeFieldContainer[TensorLayout]
     head: str
-    def __init__(self, schema_version: _Optional[int] = ..., site: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., request_digest: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[TensorLayout, _Mapping]]] = ..., head: _Optional[str] = ...) -> None: ...
+    metrics: _containers.RepeatedCompositeFieldContainer[Metric]
+    def __init__(self, schema_version: _Optional[int] = ..., site: _Optional[str] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., request_digest: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[TensorLayout, _Mapping]]] = ..., head: _Optional[str] = ..., metrics: _Optional[_Iterable[_Union[Metric, _Mapping]]] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("site", "reason")

@@ -80,6 +80,14 @@ class Task(Protocol):
         """Loss of each example, fp32 [B]. It must not depend on the other rows of the batch."""
         ...
 
+    def per_example_accuracy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Share of what each example asks for that is predicted right, fp32 [B], in [0, 1]; of no other row either."""
+        ...
+
+    def outcomes(self, network: PreTrainedModel) -> int:
+        """Among how many labels or tokens a prediction chooses."""
+        ...
+
     def score(self, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
         """Per-example results from which the metrics are computed."""
         ...

@@ -122,6 +122,17 @@ class CausalLM:
         )
         return losses.sum(dim=1), (wanted != IGNORED).sum(dim=1)
 
+    def per_example_accuracy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Share of each sequence's own completion tokens that are the most likely ones, [B], from logits [B, T, V]."""
+        wanted = targets[:, 1:]
+        learnt = wanted != IGNORED
+        right = (logits[:, :-1].argmax(dim=-1) == wanted) & learnt
+        return right.sum(dim=1).float() / learnt.sum(dim=1).clamp(min=1)
+
+    def outcomes(self, network: PreTrainedModel) -> int:
+        """The size of the vocabulary."""
+        return int(network.config.get_text_config().vocab_size)
+
     def score(self, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
         """Summed loss and number of completion tokens of each example."""
         total, count = self._totals(logits, targets)

@@ -87,6 +87,14 @@ class SequenceClassification:
         """Cross-entropy [B] of logits [B, K]."""
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
+    def per_example_accuracy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """1 where the label is predicted, else 0: fp32 [B] from logits [B, labels] and label ids [B]."""
+        return (logits.argmax(dim=-1) == targets).float()
+
+    def outcomes(self, network: PreTrainedModel) -> int:
+        """The number of labels."""
+        return len(self.settings.labels)
+
     def score(self, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
         """Loss, prediction and label of each example."""
         return {

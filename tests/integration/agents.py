@@ -17,11 +17,13 @@ from typing import Any, Self
 
 import tomli_w
 from deployment import Deployment
+from site_files import site_tables
 
 from client.agent import Agent
 from client.assemble import build_site
 from client.config import read_site_config
 from client.privacy.ledger import Ledger
+from common.signing import SigningKey
 
 PROGRAM = Path(sys.executable).with_name("consilium")
 INTERRUPTIBLE = (
@@ -43,29 +45,25 @@ class AgentFailed(AssertionError):
     """An agent did not do what a test needs; the message ends with its log."""
 
 
-def site_tables(name: str, listen: str, model: Path, **sections: Mapping[str, Any]) -> dict[str, Any]:
-    """``site.toml`` as tables: automatic approval within wide bounds, fixed test keys.
+def agent_tables(
+    name: str, listen: str, model: Path, coordinator: str, **sections: Mapping[str, Any]
+) -> dict[str, Any]:
+    """``site.toml`` as tables: automatic approval within wide bounds, fixed test keys, and a relay of the same user.
 
     Args:
+        coordinator: the pinned public key.
         sections: settings put over these, by section.
     """
-    tables: dict[str, Any] = {
+    usual: dict[str, Mapping[str, Any]] = {
         "site": {"name": name, "listen": listen},
-        "models": [str(model)],
+        "population": {"public_size": "exact", "lifetime_epsilon": 1e6},
         "data": {"default": {"path": "train.csv", "columns": {"text": "text", "label": "label"}}},
-        "policy": {
-            "public_size": "exact",
-            "lifetime_epsilon": 1e6,
-            "max_epsilon": 8.0,
-            "max_delta": 1e-3,
-            "approval": "automatic",
-        },
+        "policy": {"max_epsilon": 8.0, "max_delta": 1e-3},
         "device": {"device": "cpu", "physical_batch": 8, "threads": 1},
         "testing": {"noise": "fast", "seed": 0},
     }
-    for section, settings in sections.items():
-        tables[section] = {**tables.get(section, {}), **settings}
-    return tables
+    merged = {key: {**usual.get(key, {}), **sections.get(key, {})} for key in {**usual, **sections}}
+    return site_tables(model, coordinator, **merged)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
@@ -191,8 +189,14 @@ class Federation:
     model: Path
     agents: dict[str, SiteAgent] = field(default_factory=dict)
 
+    @property
+    def key(self) -> Path:
+        """The coordinator's signing key."""
+        return self.deployment.folder / "coordinator.pem"
+
     def __enter__(self) -> Self:
         """Starts everything at the same time."""
+        SigningKey.create(self.key)
         with (self.data / "train.csv").open(encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
         for site in self.deployment.sites:
@@ -235,7 +239,8 @@ class Federation:
             folder: the name of its folder; the site's, unless given.
             sections: settings put over the usual ones, by section of ``site.toml``.
         """
-        tables = site_tables(at, self.deployment.site(at).agent, self.model, **sections)
+        coordinator = SigningKey.load(self.key).public
+        tables = agent_tables(at, self.deployment.site(at).agent, self.model, coordinator, **sections)
         home = self.deployment.folder / "agents" / (folder or at)
         return SiteAgent(at, home, tables, self.agents[at].rows if rows is None else rows)
 

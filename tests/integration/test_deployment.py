@@ -20,12 +20,13 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from agents import BASE_MODEL_LOADED, ENVIRONMENT, INTERRUPTIBLE, Federation, SiteAgent, site_tables
+from agents import BASE_MODEL_LOADED, ENVIRONMENT, INTERRUPTIBLE, Federation, SiteAgent, agent_tables
 from credentials import write_certificates
 from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from peft import PeftModel
 from safetensors.numpy import load, load_file
+from site_files import COORDINATOR
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification
 
@@ -46,7 +47,7 @@ RUN_TIMEOUT = 240.0
 DESCRIPTION = {
     *("site", "status", "refusal", "code_digest", "tasks", "max_rank", "public_size", "privacy", "schema_version"),
 }
-RELEASE = {"kind", "site", "run_id", "round", "request_digest", "schema_version"}
+RELEASE = {"kind", "site", "run_id", "round", "request_digest", "head", "schema_version"}
 STATEMENT = {"epsilon", "delta", "unit", "neighbouring", "accountant", "steps", "phases"}
 PHASE_STATEMENT = {"name", "sample_rate", "noise_multiplier", "clip_norm", "steps"}
 
@@ -62,6 +63,7 @@ def _tables(federation: Federation, **sections: Any) -> dict[str, Any]:
         "server": {
             "superlink": superlink.address,
             "root_certificates": str(superlink.root_certificates),
+            "signing_key": str(federation.key),
             "min_sites": 3,
             "min_replies": 3,
             "round_timeout": 120.0,
@@ -420,7 +422,9 @@ def test_an_agent_with_somebody_elses_key_does_not_start(
         (tmp_path / name).mkdir()
         write_certificates(tmp_path / name)
     tls = {"certificate": "own/server.pem", "key": "other/server.key", "authority": "own/ca.pem"}
-    agent = SiteAgent("north", tmp_path, site_tables("north", "127.0.0.1:0", federation.model, tls=tls), _ROWS)
+    agent = SiteAgent(
+        "north", tmp_path, agent_tables("north", "127.0.0.1:0", federation.model, COORDINATOR.public, tls=tls), _ROWS
+    )
     monkeypatch.setattr(sys, "argv", ["consilium", "site", "agent", "--config", str(agent.config)])
     with pytest.raises(SystemExit) as ended:
         consilium.main()

@@ -9,22 +9,24 @@ from typing import Any
 
 import numpy as np
 import torch
+from site_files import COORDINATOR
 
 from client.audit_log import AuditLog
-from client.config import PolicySection
+from client.config import WHOLE_SITE, PolicySection
 from client.policy import Policy
-from client.privacy.ledger import Ledger
+from client.privacy.ledger import Ledger, Population
 from client.privacy.mechanism import DPSGD, PrivacyMechanism
 from client.privacy.sampling import RoundSecret
 from client.site import Resources, Site
 from client.trainer import train_round
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
-from common.config import LoraSection, PhaseSection, PrivacySection, TaskSection
+from common.config import EXAMPLE, LoraSection, PhaseSection, PrivacySection, TaskSection
 from common.examples import Examples
 from common.messages import DescribeRequest, PhaseStatement, Tensors, TrainRequest
 from common.model import Placement, load_base
 from common.plan import Plan
+from common.signing import PLAN, SigningKey
 from common.tasks.base import Encoded
 from common.tasks.registry import task_of
 
@@ -144,24 +146,35 @@ def plan_for(model: AdaptedModel, phases: Sequence[PhaseSection] = (), run_id: s
         "privacy": PrivacySection(epsilon=8.0),
         "phases": tuple(phases) or (phase(),),
         "adapter_digest": model.spec.digest(),
+        "code_digest": CODE,
     }
     return Plan(**{**fields, **settings})
 
 
 def policy_for(
-    model: AdaptedModel, public_size: int = 40, data: Sequence[str] = ("default",), **settings: Any
+    model: AdaptedModel, public_size: int = 40, data: Sequence[str] = ("default",), unit: str = EXAMPLE, **settings: Any
 ) -> Policy:
-    """A policy that welcomes :func:`plan_for`."""
+    """A policy that welcomes :func:`plan_for`.
+
+    Args:
+        settings: fields of ``[policy]``, and ``lifetime_epsilon`` of the population.
+    """
+    lifetime = settings.pop("lifetime_epsilon", 50.0)
     section = PolicySection(
         **{
-            "public_size": public_size,
-            "lifetime_epsilon": 50.0,
+            "base_models": (model.base.digest,),
+            "tasks": ("sequence-classification", "causal-lm"),
+            "lora_targets": ("attention",),
+            "max_rank": 64,
             "max_epsilon": 10.0,
+            "min_noise_multiplier": 1e-3,
+            "coordinator_keys": (COORDINATOR.public,),
             "approval": "automatic",
             **settings,
         }
     )
-    return Policy(public_size, section, tuple(data), (model.base.digest,))
+    population = Population(WHOLE_SITE, unit, public_size, lifetime, 1e-5)
+    return Policy(section, {WHOLE_SITE: population}, dict.fromkeys(data, WHOLE_SITE))
 
 
 def site_for(
@@ -172,6 +185,8 @@ def site_for(
     fixed_seed: int | None = None,
     rows: int = 4,
     durable: bool = False,
+    key: SigningKey | None = None,
+    fingerprint: Callable[[Plan], str] = lambda plan: "",
     **settings: Any,
 ) -> Site:
     """A site with a ledger and an audit log of its own under ``folder``."""
@@ -187,17 +202,18 @@ def site_for(
         "north",
         policy or policy_for(model),
         Ledger(folder, durable=durable),
-        AuditLog(folder / "audit.jsonl", durable=durable),
-        Resources(lambda plan: model, lambda plan, model: give(), rows),
+        AuditLog(folder / "audit.jsonl", durable=durable, site="north", key=key or SigningKey.fresh()),
+        Resources(lambda plan: model, lambda plan, model: give(), rows, fingerprint),
         CODE,
         fixed_seed=fixed_seed,
         **settings,
     )
 
 
-def shown(plan: Plan, code_digest: str = CODE) -> DescribeRequest:
+def shown(plan: Plan, code_digest: str = CODE, key: SigningKey = COORDINATOR, witness: str = "") -> DescribeRequest:
     """The question whether a site takes part in a plan."""
-    return DescribeRequest(plan.run_id, plan.canonical(), code_digest)
+    signature = key.sign(PLAN, plan.digest().encode())
+    return DescribeRequest(plan.run_id, plan.canonical(), code_digest, signature, witness)
 
 
 def request_for(plan: Plan, adapter: Tensors, round: int = 1) -> TrainRequest:

@@ -40,6 +40,7 @@ def plan_of(phases: Sequence[PhaseSection], **privacy: object) -> Plan:
         privacy=PrivacySection(**privacy),  # type: ignore[arg-type]
         phases=tuple(phases),
         adapter_digest="a",
+        code_digest="c",
     )
 
 

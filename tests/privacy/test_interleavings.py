@@ -3,7 +3,8 @@
 A state machine (hypothesis) drives two real sites with a ledger each over one folder, as two processes would be. Only
 the training is replaced by something fast that depends on secret and request as a training does. After each action:
 reserved >= charged >= released, in rounds, steps and Rényi divergence at every order; no secret ever serves two
-requests; no two releases of one round differ.
+requests; no two releases of one round differ; every transaction is counted outside the ledger, and an older copy of it
+is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sqlite3
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,15 +25,14 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from power_cuts import CRASHES, PowerCut, cut_power
 from small_sites import classifier, phase, plan_for, policy_for, random_state, request_for, shown, site_for
 
-import client.egress
-import client.privacy.ledger
 import client.site
-from client.privacy.ledger import Decision, Ledger
+from client.privacy.counter import Counter
+from client.privacy.ledger import Decision, Ledger, StoredRelease
 from client.privacy.row_independence import Probed
 from client.privacy.sampling import RoundSecret
-from client.privacy.secret_files import SecretFiles
 from client.site import Site
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
@@ -53,19 +53,6 @@ RUN = st.sampled_from("aaabbc")
 SITES = st.integers(0, 1)
 STEPS_ON = st.sampled_from([1, 1, 1, 1, 1, 0, 0, 0, -1, 2, 9])
 """From the last funded round: the next, the same again, one before, one left out, or one that no plan has."""
-CRASHES = (
-    "in the entropy",
-    "after the secret, before the charge",
-    "after the charge, before training",
-    "after training, before the gate",
-    "before the record",
-    "in the record, before its commit",
-    "after the record, before the secret is deleted",
-)
-
-
-class PowerCut(Exception):
-    """The process is gone: nothing after this line was executed."""
 
 
 class Interleavings(RuleBasedStateMachine):
@@ -81,9 +68,11 @@ class Interleavings(RuleBasedStateMachine):
 
     @initialize()
     def open(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="interleavings-"))
+        self.home = Path(tempfile.mkdtemp(prefix="interleavings-"))
+        self.folder, self.counter = self.home / "state", self.home / "counter"
         self.sites = [self._site(), self._site()]
-        self.reader = sqlite3.connect(f"file:{self.folder / 'ledger.sqlite'}?mode=ro", uri=True)
+        self.reader = self._reader()
+        self.older = 0
         self.uses: defaultdict[bytes, set[tuple[str, int, str]]] = defaultdict(set)
         self.secrets: defaultdict[tuple[str, int], set[bytes]] = defaultdict(set)
         self.asked, self.early = ("", 0), False
@@ -101,7 +90,12 @@ class Interleavings(RuleBasedStateMachine):
         policy = policy_for(self.model, lifetime_epsilon=LIMIT, approval="manual")
         site = site_for(self.folder, self.model, [], policy)
         site.resources = replace(site.resources, model=self.resident, probed=self.probed)
+        site.ledger.close()
+        site.ledger = Ledger(self.folder, durable=False, counter=self.counter)
         return site
+
+    def _reader(self) -> sqlite3.Connection:
+        return sqlite3.connect(f"file:{self.folder / 'ledger.sqlite'}?mode=ro", uri=True)
 
     def resident(self, plan: Plan) -> AdaptedModel:
         """What a site asks for between looking for a stored release and funding the round."""
@@ -120,7 +114,7 @@ class Interleavings(RuleBasedStateMachine):
         for site in self.sites:
             site.ledger.close()
         self.reader.close()
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.home)
 
     def fast_training(self, *given: Any, **_: Any) -> AdapterState:
         """In place of ``train_round``: an update that is a function of secret and request."""
@@ -143,18 +137,7 @@ class Interleavings(RuleBasedStateMachine):
         self.crash = where
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(client.site, "train_round", self.fast_training)
-            if where == "in the entropy":
-                patch.setattr(RoundSecret, "from_system", _power_cut)
-            if where == "after the secret, before the charge":
-                patch.setattr(SecretFiles, "write", _then_cut(SecretFiles.write))
-            if where == "after training, before the gate":
-                patch.setattr(client.egress, "release", _power_cut)
-            if where == "before the record":
-                patch.setattr(Ledger, "record", _power_cut)
-            if where == "in the record, before its commit":
-                patch.setattr(Ledger, "record", _cut_inside(Ledger.record))
-            if where == "after the record, before the secret is deleted":
-                patch.setattr(SecretFiles, "delete", _power_cut)
+            cut_power(where, patch)
             try:
                 yield
             finally:
@@ -165,7 +148,21 @@ class Interleavings(RuleBasedStateMachine):
     @rule(
         site=SITES,
         run=st.sampled_from(RUNS),
-        what=st.sampled_from(["show", "approve", "approve", "approve", "reject", "restart", "lose", "tear"]),
+        what=st.sampled_from(
+            [
+                "show",
+                "approve",
+                "approve",
+                "approve",
+                "reject",
+                "restart",
+                "lose",
+                "tear",
+                "close",
+                "back up",
+                "restore",
+            ]
+        ),
         which=st.integers(0, 3),
     )
     def manage(self, site: int, run: str, what: str, which: int) -> None:
@@ -176,6 +173,12 @@ class Interleavings(RuleBasedStateMachine):
             self.decide(site, run, what == "approve")
         elif what == "restart":
             self.restart(site)
+        elif what == "close":
+            self.end(site, run, sure=which == 0)
+        elif what == "back up":
+            self.back_up()
+        elif what == "restore":
+            self.put_an_older_copy_in_place()
         else:
             self.lose_a_secret(which, torn=what == "tear")
 
@@ -186,6 +189,33 @@ class Interleavings(RuleBasedStateMachine):
         ledger, digest = self.sites[site].ledger, self.plans[run].digest()
         with suppress(LedgerError):  # it was not shown, or decided before
             ledger.approve(digest) if yes else ledger.reject(digest)
+
+    def end(self, site: int, run: str, sure: bool) -> None:
+        with suppress(LedgerError):  # it was not shown, or refused before
+            if sure:
+                self.sites[site].ledger.close_plan(self.plans[run].digest(), "a person ends it")
+
+    def back_up(self) -> None:
+        with closing(sqlite3.connect(self.home / "older.sqlite")) as copy:
+            self.reader.backup(copy)
+        self.older = self._sequence()
+
+    def put_an_older_copy_in_place(self) -> None:
+        """As a restored backup would; the newest copy is put back once the site has refused the older one."""
+        if not 0 < self.older < self._sequence():
+            return
+        for opened in (self.reader, *(site.ledger for site in self.sites)):  # the last one removes the journal
+            opened.close()
+        newest, ledger = self.home / "newest.sqlite", self.folder / "ledger.sqlite"
+        ledger.rename(newest)
+        shutil.copy(self.home / "older.sqlite", ledger)
+        with pytest.raises(LedgerError, match="older copy"):
+            Ledger(self.folder, durable=False, counter=self.counter)
+        newest.replace(ledger)
+        self.sites, self.reader = [self._site(), self._site()], self._reader()
+
+    def _sequence(self) -> int:
+        return int(self._rows("SELECT value FROM meta WHERE key='sequence'")[0][0])
 
     @rule(
         site=SITES,
@@ -242,7 +272,7 @@ class Interleavings(RuleBasedStateMachine):
         self._remember_stored()
         if isinstance(reply, Release):
             stored = self.sites[site].ledger.release(plan.digest(), round, request.digest())
-            assert isinstance(stored, bytes), "what was sent is stored, for this very request"
+            assert isinstance(stored, StoredRelease), "what was sent is stored, for this very request"
             if delivered:
                 self.sent[plan.digest(), round].add(
                     b"".join(reply.update[name].tobytes() for name in sorted(reply.update))
@@ -263,7 +293,10 @@ class Interleavings(RuleBasedStateMachine):
 
     def _running(self) -> set[str]:
         """The rounds that are funded and not yet released, as their secrets' files are called."""
-        rows = self._rows("SELECT plan, round FROM charges WHERE released_at IS NULL")
+        rows = self._rows(
+            "SELECT plan, round FROM charges JOIN plans ON plan = digest "
+            "WHERE released_at IS NULL AND status = 'approved'"
+        )
         return {f"{plan}-{round}" for plan, round in rows}
 
     def _rows(self, query: str) -> list[tuple[Any, ...]]:
@@ -276,7 +309,9 @@ class Interleavings(RuleBasedStateMachine):
     def reserved_covers_charged_covers_released(self) -> None:
         reserved = self._segments("SELECT sample_rate, noise_multiplier, steps FROM reservations")
         charged = self._segments("SELECT sample_rate, noise_multiplier, steps FROM charges")
-        released = self._segments("SELECT sample_rate, noise_multiplier, steps FROM charges NATURAL JOIN releases")
+        released = self._segments(
+            "SELECT sample_rate, noise_multiplier, steps FROM charges WHERE released_at IS NOT NULL"
+        )
         assert (rdp(released) <= rdp(charged) * (1 + 1e-12)).all()
         assert (rdp(charged) <= rdp(reserved) * (1 + 1e-12)).all()
         assert filter_epsilon(reserved, DELTA) <= LIMIT
@@ -287,7 +322,14 @@ class Interleavings(RuleBasedStateMachine):
 
         rounds = {(plan, round) for plan, round in self._rows("SELECT plan, round FROM charges")}
         stored = {(plan, round) for plan, round in self._rows("SELECT plan, round FROM releases")}
-        assert set(self.sent) <= stored <= rounds
+        ended = {plan for (plan,) in self._rows("SELECT digest FROM plans WHERE status='closed'")}
+        assert {(plan, round) for plan, round in self.sent if plan not in ended} <= stored <= rounds
+        assert not {plan for plan, _ in stored} & ended
+
+    @invariant()
+    def every_transaction_is_counted(self) -> None:
+        count = Counter(self.counter).read()
+        assert count is not None and count.number == self._sequence()
 
     def _segments(self, query: str) -> list[Segment]:
         return [Segment(*row) for row in self._rows(query)]
@@ -303,35 +345,10 @@ class Interleavings(RuleBasedStateMachine):
     def a_secret_stays_the_same_until_its_release_and_is_then_gone(self) -> None:
         files = {file.name: file.read_bytes() for file in (self.folder / "secrets").iterdir()}
         running = self._running()
-        done = {f"{plan}-{round}" for plan, round in self._rows("SELECT plan, round FROM releases")}
-        assert not done & running
-        assert not done & set(files), "each start deletes what a crash has left"
+        assert set(files) <= running, "each start deletes what a crash has left"
         for name in running - self.lost:
             assert files[name] == self.first_secrets.setdefault(name, files[name])
         assert len({*self.first_secrets.values()}) == len(self.first_secrets), "no two rounds share a secret"
-
-
-def _power_cut(*_: object, **__: object) -> Any:
-    raise PowerCut
-
-
-def _then_cut(real: Callable[..., object]) -> Callable[..., Any]:
-    def cut(*given: object) -> Any:
-        real(*given)
-        raise PowerCut
-
-    return cut
-
-
-def _cut_inside(record: Callable[..., None]) -> Callable[..., Any]:
-    """The clock is asked for the last row of the transaction."""
-
-    def cut(*given: object) -> Any:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(client.privacy.ledger, "_now", _power_cut)
-            record(*given)
-
-    return cut
 
 
 @pytest.fixture(scope="module")

@@ -12,23 +12,26 @@ import csv
 import io
 import json
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-import tomli_w
 import torch
 from flwr.common.serde import recorddict_to_proto
 from safetensors.numpy import load_file, save_file
+from site_files import site_tables, write_site
 from small_sites import classifier, language_model, phase, plan_for, random_state, request_for, shown
 from transformers import AutoTokenizer
 
 import client.app
+import client.audit_log
 from client.agent import Agent
 from client.assemble import build_site
 from client.config import read_site_config
@@ -42,6 +45,7 @@ from common.messages import TrainRequest
 from common.plan import Plan
 from common.protos import site_pb2 as pb
 from common.rpc import AgentAddress, RemoteSite, train_request_frames
+from common.signing import SigningKey
 from common.tasks.causal_lm import CausalLM
 from common.tasks.sequence_classification import SequenceClassification
 
@@ -133,14 +137,17 @@ def notes(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Kind:
         phase("head", rounds=2, steps=1, sample_rate=1.0, train=("head",)),
         phase("lora", rounds=3, steps=2, sample_rate=None, batch_size=20),
     ]
-    return Kind(folder, model, plan_for(model, phases), NOTES, ("text", "label"))
+    SigningKey.create(folder.parent / "site.key")
+    return Kind(folder, model, plan_for(model, phases, code_digest=code_digest()), NOTES, ("text", "label"))
 
 
 @pytest.fixture(scope="module")
 def questions(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Kind:
     folder = tmp_path_factory.mktemp("hostile") / "llama"
     model = language_model(hostile(tiny_llama, folder, "embed_tokens.weight", "~"))
-    plan = plan_for(model, [phase(rounds=5, sample_rate=1.0, train=("lora",), algorithm="fedit")])
+    phases = [phase(rounds=5, sample_rate=1.0, train=("lora",), algorithm="fedit")]
+    plan = plan_for(model, phases, code_digest=code_digest())
+    SigningKey.create(folder.parent / "site.key")
     return Kind(folder, model, plan, QUESTIONS, ("prompt", "completion"))
 
 
@@ -168,6 +175,18 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RoundSecret, "from_system", classmethod(lambda cls: cls(bytes(32))))
 
 
+@pytest.fixture(autouse=True)
+def fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The audit log's clock stands still: its head, which leaves with a release, holds the hash of its times."""
+
+    class Noon(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+            return datetime(2026, 1, 1, 12, tzinfo=UTC)
+
+    monkeypatch.setattr(client.audit_log, "datetime", Noon)
+
+
 @pytest.fixture
 def sums_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything is computed as ever, and then the clipped sum is taken for zero."""
@@ -190,10 +209,8 @@ def raw(message: bytes) -> bytes:
 
 def answers_on_the_wire(listen: str, kind: Kind) -> Iterator[object]:
     """The bytes, statuses and metadata a curious relay gets from the agent, request by request."""
-    digest = code_digest()
-    describe = pb.DescribeRequest(
-        schema_version=1, run_id=kind.plan.run_id, plan=kind.plan.canonical(), code_digest=digest
-    )
+    asked = shown(kind.plan, code_digest())
+    describe = pb.DescribeRequest(**{field.name: getattr(asked, field.name) for field in fields(asked)})
     with grpc.insecure_channel(listen) as channel:
         yield from _one_call(
             channel.unary_unary("/consilium.site.v1.SiteAgent/Describe", pb.DescribeRequest.SerializeToString, raw),
@@ -252,15 +269,10 @@ def serving(folder: Path, kind: Kind, rows: Sequence[Row], suffix: str) -> Itera
     """A site on these rows, as ``consilium site agent`` starts it; yields where it listens."""
     folder.mkdir(parents=True)
     (folder / f"train.{suffix}").write_text(as_text(rows, kind.columns, suffix), encoding="utf-8")
-    tables = {
-        "site": {"name": "north"},
-        "models": [str(kind.folder)],
-        "data": {"default": {"path": f"train.{suffix}"}},
-        "policy": {"public_size": 40, "lifetime_epsilon": 50.0, "max_epsilon": 10.0, "approval": "automatic"},
-        "device": {"device": "cpu", "physical_batch": 4},
-    }
-    (folder / "site.toml").write_text(tomli_w.dumps(tables))
-    settings = read_site_config(folder / "site.toml")
+    data, device = {"default": {"path": f"train.{suffix}"}}, {"device": "cpu", "physical_batch": 4}
+    settings = read_site_config(write_site(folder, site_tables(kind.folder, data=data, device=device)))
+    settings.site.state.mkdir()
+    shutil.copy(kind.folder.parent / "site.key", settings.site.state)
     site, resident = build_site(settings)
     resident.warm_up()
     agent = Agent(site, settings.site.listen, settings.tls)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tomli_w
+from site_files import site_tables, write_site
 
 import client.cli
 import consilium
@@ -80,12 +80,6 @@ def test_an_interrupt_is_one_line_and_exit_code_130(ends: Callable[..., End], mo
 
 def test_an_exit_code_that_a_command_chooses_is_kept(ends: Callable[..., End], tmp_path: Path, tiny_bert: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\n,routine\nmild cough,routine\n")
-    tables = {
-        "site": {"name": "north"},
-        "models": [str(tiny_bert)],
-        "data": {"default": {"path": "train.csv"}},
-        "policy": {"public_size": 2, "lifetime_epsilon": 8.0, "max_epsilon": 8.0},
-    }
-    (tmp_path / "site.toml").write_text(tomli_w.dumps(tables))
-    code, stdout, stderr = ends("site", "check", "--config", str(tmp_path / "site.toml"), "--labels", "urgent,routine")
+    config = write_site(tmp_path, site_tables(tiny_bert))
+    code, stdout, stderr = ends("site", "check", "--config", str(config), "--labels", "urgent,routine")
     assert (code, stderr) == (2, "") and "1 rows cannot be learnt from" in stdout

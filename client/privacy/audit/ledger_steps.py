@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from client.config import WHOLE_SITE
 from client.privacy.audit.canaries import Estimate
 from client.privacy.audit.probe import Folders, NoRelease, Probe, Subject, audited_phase, closing, subject_of
 from client.privacy.audit.sampling import STILL
 from client.privacy.audit.subjects import CANARIES, canary, coordinates, examples_of_units, zero_adapter
 from client.privacy.audit.verdicts import Verdict, within
-from client.site import WHOLE_SITE
 from common.config import EXAMPLE, RunConfig
 from common.messages import PrivacyStatement
 from common.privacy.accounting import Segment, filter_epsilon, pld_epsilon

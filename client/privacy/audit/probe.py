@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from client.audit_log import AuditLog
-from client.config import PolicySection
-from client.policy import Policy
+from client.policy import policy_for
 from client.privacy.audit.verdicts import FloatArray
 from client.privacy.ledger import Ledger
 from client.privacy.row_independence import Probed
@@ -35,10 +34,12 @@ from common.messages import (
     TrainRequest,
 )
 from common.plan import Plan, plan_of
+from common.signing import PLAN, SigningKey
 
 CODE = "0" * 64
 ROWS = 16
 """Rows of a physical batch, unless a check needs few of them."""
+_COORDINATOR = SigningKey.fresh()
 _PROBED = Probed()
 """The audit's sites share its models, and so what is known of their rows."""
 
@@ -82,7 +83,7 @@ def subject_of(
     delta: float | None = None,
 ) -> Subject:
     """The plan of ``config`` with these phases, for a model of the audit's own."""
-    plan = plan_of(config, run_id, model.base.digest, model.spec.digest())
+    plan = plan_of(config, run_id, model.base.digest, model.spec.digest(), CODE)
     privacy = plan.privacy if delta is None else plan.privacy.model_copy(update={"delta": delta})
     changes = {"task": model.task.settings, "lora": model.lora, "phases": tuple(phases), "privacy": privacy}
     return Subject(plan.model_copy(update=changes), model, public_size)
@@ -119,25 +120,13 @@ class Probe:
     ) -> None:
         self.folder, self.subject = folder, subject
         plan = subject.plan
-        section = PolicySection(
-            public_size=subject.public_size,
-            unit=plan.privacy.unit,
-            secure_noise=plan.privacy.noise == "secure",
-            lifetime_epsilon=lifetime_epsilon,
-            lifetime_delta=1e-5,
-            max_epsilon=1e9,
-            max_delta=1e-3,
-            tasks=(plan.task.name,),
-            max_rank=1 << 20,
-            approval="automatic",
-        )
         self.ledger = Ledger(folder, durable=False)
         self.site = Site(
             name,
-            Policy(subject.public_size, section, (plan.data,), (plan.model_digest,)),
+            policy_for(plan, subject.public_size, _COORDINATOR.public, lifetime_epsilon),
             self.ledger,
-            AuditLog(folder / "audit.jsonl", durable=False),
-            Resources(lambda plan: subject.model, lambda plan, model: examples, rows, _PROBED),
+            AuditLog(folder / "audit.jsonl", durable=False, site=name, key=SigningKey.fresh()),
+            Resources(lambda plan: subject.model, lambda plan, model: examples, rows, probed=_PROBED),
             CODE,
             fixed_seed=fixed_seed,
             claims_epsilon=fixed_seed is None,
@@ -146,7 +135,8 @@ class Probe:
 
     def describe(self, plan: Plan) -> SiteDescription:
         """Shows the site a plan."""
-        return self.site.describe(DescribeRequest(plan.run_id, plan.canonical(), CODE))
+        signature = _COORDINATOR.sign(PLAN, plan.digest().encode())
+        return self.site.describe(DescribeRequest(plan.run_id, plan.canonical(), CODE, signature))
 
     @property
     def statement(self) -> PrivacyStatement:

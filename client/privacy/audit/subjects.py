@@ -6,6 +6,7 @@ one makes exact replays and thousands of canaries affordable; nothing is downloa
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -165,7 +166,8 @@ def _adapted(name: str, network: PreTrainedModel, pad: int, task: Task, lora: Lo
     tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=words, pad_token="[PAD]", unk_token="[PAD]"
     )
-    base = BaseModel(network, tokenizer, f"audit-{name}", Placement.choose("cpu", "float32"), task.settings.pooling)
+    digest = hashlib.sha256(f"audit {name}".encode()).hexdigest()
+    base = BaseModel(network, tokenizer, digest, Placement.choose("cpu", "float32"), task.settings.pooling)
     return AdaptedModel(base, task, lora)
 
 

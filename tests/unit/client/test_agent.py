@@ -1,13 +1,18 @@
-"""The agent as a relay meets it: a real gRPC server on a unix socket, and on TCP with certificates on both sides."""
+"""The agent as a relay meets it, and as a hostile one does: a real gRPC server on a unix socket, and on TCP with
+certificates on both sides."""
 
 from __future__ import annotations
 
+import os
 import socket
 import stat
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -16,7 +21,7 @@ from certificates import write_authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from small_sites import encoded, flat, plan_for, random_state, request_for, shown, site_for
 
-from client.agent import FAULT, MALFORMED, SERVICE, Agent
+from client.agent import FAULT, HEALTH, LARGEST_FRAME, MALFORMED, MOST_CALLS, SERVICE, Agent
 from client.config import TlsSection
 from common.adapted import AdaptedModel
 from common.errors import AdapterError, ConnectionFailed, LedgerError, WireError
@@ -36,7 +41,7 @@ from common.messages import (
 )
 from common.protos import site_pb2 as pb
 from common.protos import site_pb2_grpc
-from common.rpc import AgentAddress, RemoteSite
+from common.rpc import AgentAddress, RemoteSite, train_reply_of, train_request_frames
 
 SECRET = "patient Jane Roe, row 17"
 STATEMENT = PrivacyStatement(
@@ -219,13 +224,249 @@ def test_a_fault_does_not_stop_the_agent(listen: str) -> None:
         assert remote.train(TrainRequest("run", 1, "plan", {})) == Pending("north")
 
 
+# ------------------------------------------------------------------------------------------------------------- strange
+
+
+Answer = tuple[grpc.StatusCode, str, tuple[object, ...]]
+
+
+def answer_to(
+    listen: str, messages: Iterable[bytes], method: str = "Train", service: str = SERVICE, **options: Any
+) -> Answer:
+    """Status, details and trailing metadata for raw messages."""
+    with grpc.insecure_channel(listen) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(channel.stream_stream(f"/{service}/{method}")(iter(messages), timeout=10, **options))
+    error = caught.value
+    return error.code(), error.details(), tuple(error.trailing_metadata())
+
+
+HEADER = pb.TrainRequestFrame(header=pb.TrainRequestHeader(run_id="run")).SerializeToString()
+ADAPTER = {"a": np.zeros(1 << 20, np.float32)}
+
+
+@pytest.mark.parametrize("call", ["Train", "Describe"])
+def test_what_is_no_protobuf_gets_the_words_of_grpc(listen: str, call: str) -> None:
+    site = Scripted()
+    with serving(site, listen):
+        answer = answer_to(listen, [b"\xff" * 50], call)
+    assert answer == (grpc.StatusCode.INTERNAL, "Exception deserializing request!", ()) and site.asked == []
+
+
+@pytest.mark.parametrize("call", ["Train", "Describe"])
+def test_a_message_beyond_the_limit_is_not_read(listen: str, call: str) -> None:
+    site = Scripted()
+    with serving(site, listen):
+        code, details, metadata = answer_to(listen, [bytes(LARGEST_FRAME + 1)], call)
+    assert (code, metadata, site.asked) == (grpc.StatusCode.RESOURCE_EXHAUSTED, (), [])
+    assert details == f"SERVER: Received message larger than max ({LARGEST_FRAME + 1} vs. {LARGEST_FRAME})"
+
+
+def test_what_is_compressed_is_not_unpacked(listen: str) -> None:
+    site = Scripted()
+    text = "x" * (3 << 20)  # fits, were it unpacked
+    with serving(site, listen), grpc.insecure_channel(listen, compression=grpc.Compression.Gzip) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            site_pb2_grpc.SiteAgentStub(channel).Describe(pb.DescribeRequest(plan=text), timeout=10)
+        assert caught.value.details() == "Exception deserializing request!" and site.asked == []
+
+
+@pytest.mark.parametrize("messages", [[], [b"", b""], [b""] * 100], ids=len)
+def test_a_description_is_asked_for_with_one_message(listen: str, messages: list[bytes]) -> None:
+    with serving(Scripted(), listen):
+        assert answer_to(listen, messages, "Describe") == (grpc.StatusCode.INVALID_ARGUMENT, MALFORMED, ())
+
+
+@pytest.mark.parametrize(
+    ("service", "method"),
+    [
+        (SERVICE, "Evaluate"),
+        ("grpc.reflection.v1.ServerReflection", "ServerReflectionInfo"),
+        ("grpc.reflection.v1alpha.ServerReflection", "ServerReflectionInfo"),
+        ("grpc.channelz.v1.Channelz", "GetServers"),
+        (HEALTH, "Watch"),
+        ("..", "../../etc/passwd"),
+    ],
+)
+def test_nothing_else_can_be_called(listen: str, service: str, method: str) -> None:
+    with serving(Scripted(), listen):
+        answer = answer_to(listen, [b""], method, service)
+    assert answer == (grpc.StatusCode.UNIMPLEMENTED, "Method not found!", ())
+
+
+def test_the_health_of_another_service_is_not_known(listen: str) -> None:
+    request = health_pb2.HealthCheckRequest(service="../../x").SerializeToString()
+    with serving(Scripted(), listen):
+        assert answer_to(listen, [request], "Check", HEALTH) == (grpc.StatusCode.NOT_FOUND, MALFORMED, ())
+
+
+def test_metadata_beyond_the_limit_is_refused(listen: str) -> None:
+    site = Scripted()
+    with serving(site, listen):
+        code, *_ = answer_to(listen, [b""], "Describe", metadata=[("x", "y" * 20_000)])
+    assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and site.asked == []
+
+
+def test_what_a_caller_chose_cannot_forge_a_line_of_the_log(listen: str, caplog: pytest.LogCaptureFixture) -> None:
+    name = "a\n2030-01-01 ERROR all data were deleted" + "x" * 100_000
+    layout = [pb.TensorLayout(name=name, shape=[0])] * 2
+    request = pb.TrainRequestFrame(header=pb.TrainRequestHeader(run_id="run", layout=layout))
+    with serving(Scripted(), listen):
+        assert answer_to(listen, [request.SerializeToString()])[1] == MALFORMED
+    (record,) = [record for record in caplog.records if record.name == "client.agent"]
+    assert "announced" not in record.getMessage() and "\n" not in record.getMessage() and len(record.getMessage()) < 400
+
+
+def test_more_calls_than_may_wait_are_refused(listen: str) -> None:
+    go_on, beyond = threading.Event(), 5
+
+    class Slow(Scripted):
+        def describe(self, request: DescribeRequest) -> SiteDescription:
+            assert go_on.wait(20)
+            return super().describe(request)
+
+    codes: Counter[grpc.StatusCode] = Counter()
+    refused, all_ended = threading.Event(), threading.Event()
+
+    def ended(call: grpc.Future) -> None:
+        codes[call.code()] += 1
+        if codes[grpc.StatusCode.RESOURCE_EXHAUSTED] == beyond:
+            refused.set()
+        if codes.total() == MOST_CALLS + beyond:
+            all_ended.set()
+
+    with serving(Slow(), listen), ExitStack() as stack:
+        channels = [stack.enter_context(grpc.insecure_channel(listen, [("channel", i)])) for i in range(12)]
+        for number in range(MOST_CALLS + beyond):
+            stub = site_pb2_grpc.SiteAgentStub(channels[number % len(channels)])
+            stub.Describe.future(pb.DescribeRequest(), timeout=30).add_done_callback(ended)
+        assert refused.wait(20)
+        go_on.set()
+        assert all_ended.wait(20)
+    assert codes == {grpc.StatusCode.RESOURCE_EXHAUSTED: beyond, grpc.StatusCode.OK: MOST_CALLS}
+
+
+# -------------------------------------------------------------------------------------------------------- slow and many
+
+
+def trickle(stop: threading.Event, *first: bytes) -> Iterator[bytes]:
+    """A request that never ends."""
+    yield from first
+    stop.wait(20)
+
+
+@pytest.mark.parametrize(
+    ("service", "method", "first"), [(SERVICE, "Train", HEADER), (SERVICE, "Describe", b""), (HEALTH, "Check", b"")]
+)
+def test_a_request_that_does_not_end_in_time_is_ended(
+    listen: str, monkeypatch: pytest.MonkeyPatch, service: str, method: str, first: bytes
+) -> None:
+    monkeypatch.setattr("client.agent.TRANSFER_SECONDS", 0.2)
+    site, stop = Scripted(), threading.Event()
+    with serving(site, listen):
+        code, details, metadata = answer_to(listen, trickle(stop, first), method, service)
+        stop.set()
+        assert (code, metadata) == (grpc.StatusCode.CANCELLED, ()) and details in ("", "CANCELLED", "Cancelled")
+        with RemoteSite(AgentAddress(listen)) as remote:
+            assert isinstance(remote.train(TrainRequest("next", 1, "plan", {})), Release)
+    assert [request.run_id for request in site.asked] == ["next"]
+
+
+def test_while_one_adapter_is_in_memory_no_other_is_read(listen: str) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow(Scripted):
+        def train(self, request: TrainRequest) -> TrainReply:
+            inside.set()
+            assert go_on.wait(20)
+            return super().train(request)
+
+    sent, much_sent = [0], threading.Event()
+
+    def counted() -> Iterator[pb.TrainRequestFrame]:
+        for frame in train_request_frames(TrainRequest("second", 1, "plan", {"a": np.zeros(8 << 20, np.float32)})):
+            yield frame
+            sent[0] += len(frame.chunk)
+            if sent[0] > 24 << 20:  # of 32 MiB
+                much_sent.set()
+
+    site = Slow()
+    with serving(site, listen), RemoteSite(AgentAddress(listen)) as first, grpc.insecure_channel(listen) as channel:
+        training = threading.Thread(target=first.train, args=(TrainRequest("first", 1, "plan", ADAPTER),))
+        training.start()
+        assert inside.wait(20)
+        second = site_pb2_grpc.SiteAgentStub(channel).Train(counted(), timeout=20)
+        assert not much_sent.wait(0.3)
+        go_on.set()
+        assert isinstance(train_reply_of(second), Release)
+        training.join()
+    assert [request.run_id for request in site.asked] == ["first", "second"]
+
+
+def test_a_caller_that_does_not_take_its_reply_is_ended_and_the_next_is_served(
+    listen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.agent.TRANSFER_SECONDS", 0.5)
+    large = TrainRequest("large", 1, "plan", {"a": np.zeros(8 << 20, np.float32)})
+    with serving(Scripted(), listen), grpc.insecure_channel(listen) as channel:
+        replies = site_pb2_grpc.SiteAgentStub(channel).Train(train_request_frames(large), timeout=20)
+        next(replies)
+        with RemoteSite(AgentAddress(listen)) as other:
+            assert isinstance(other.train(TrainRequest("next", 1, "plan", {})), Release)
+        with pytest.raises(grpc.RpcError) as caught:
+            list(replies)
+        assert caught.value.code() is grpc.StatusCode.CANCELLED
+
+
+@pytest.mark.parametrize("when", ["asking", "answered"])
+def test_after_a_caller_that_leaves_in_the_middle_the_next_is_served(listen: str, when: str) -> None:
+    large = TrainRequest("large", 1, "plan", {"a": np.zeros(8 << 20, np.float32)})
+    stop = threading.Event()
+
+    def half() -> Iterator[pb.TrainRequestFrame]:
+        yield from islice(train_request_frames(large), 4)
+        stop.wait(20)
+
+    with serving(Scripted(), listen):
+        with grpc.insecure_channel(listen) as channel:
+            frames = half() if when == "asking" else train_request_frames(large)
+            replies = site_pb2_grpc.SiteAgentStub(channel).Train(frames, timeout=20)
+            if when == "answered":
+                next(replies)
+            replies.cancel()
+        stop.set()
+        with RemoteSite(AgentAddress(listen)) as other:
+            assert isinstance(other.train(TrainRequest("next", 1, "plan", {})), Release)
+
+
+def test_a_fault_in_the_middle_of_a_reply_tells_no_more_than_one_before_it(
+    listen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaking(reply: TrainReply) -> Iterator[pb.TrainReplyFrame]:
+        yield pb.TrainReplyFrame(pending=pb.Pending(site="north"))
+        raise ValueError(SECRET)
+
+    monkeypatch.setattr("client.agent.train_reply_frames", breaking)
+    with serving(Scripted(), listen):
+        assert answer_to(listen, [HEADER]) == (grpc.StatusCode.INTERNAL, FAULT, ())
+
+
 # -------------------------------------------------------------------------------------------------------------- socket
 
 
-def test_the_socket_is_open_to_owner_and_group_alone(listen: str, tmp_path: Path) -> None:
-    with serving(Scripted(), listen):
-        mode = (tmp_path / "agent.sock").stat().st_mode
-        assert stat.S_ISSOCK(mode) and stat.S_IMODE(mode) == 0o660
+def test_unless_told_otherwise_the_own_user_alone_is_welcome(listen: str, tmp_path: Path) -> None:
+    with serving(Scripted(), listen), RemoteSite(AgentAddress(listen)) as remote:
+        assert stat.S_IMODE((tmp_path / "agent.sock").stat().st_mode) == 0o600
+        assert remote.describe(DescribeRequest("run", "{}", "code")) == DESCRIPTION
+
+
+def test_users_that_are_not_named_get_no_answer_even_if_they_are_the_agents_own(listen: str) -> None:
+    site = Scripted()
+    agent = Agent(site, listen, peers=frozenset({os.geteuid() + 1}))
+    agent.start()
+    with pytest.raises(ConnectionFailed, match="not reachable"):
+        RemoteSite(AgentAddress(listen), timeout=0.3).__enter__()
+    agent.stop(grace=0)
+    assert site.asked == []
 
 
 def test_a_socket_left_by_a_killed_agent_is_replaced(listen: str, tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import tomli_w
+from site_files import site_tables, write_site
 from small_sites import LABELS, classifier, language_model, phase, plan_for, policy_for
 
 import client.assemble
 from client.assemble import build_site, declared_size, encode_each
 from client.check import check_site
-from client.config import SiteConfig, read_site_config
+from client.config import WHOLE_SITE, SiteConfig, read_site_config
 from common.adapted import AdaptedModel
 from common.config import LoraSection
 from common.data.read import read_rows
@@ -29,17 +29,8 @@ ROWS = [("mild cough", "routine"), ("chest pain", "urgent"), ("wound check", "re
 def site_toml(folder: Path, model: Path, **sections: Any) -> SiteConfig:
     with (folder / "train.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([("text", "label"), *ROWS])
-    tables: dict[str, Any] = {
-        "site": {"name": "north"},
-        "models": [str(model)],
-        "data": {"default": {"path": "train.csv"}},
-        "policy": {"public_size": 40, "lifetime_epsilon": 50.0, "max_epsilon": 10.0, "approval": "automatic"},
-        "device": {"device": "cpu", "physical_batch": 4},
-    }
-    for section, settings in sections.items():
-        tables[section] = {**tables.get(section, {}), **settings}
-    (folder / "site.toml").write_text(tomli_w.dumps(tables))
-    return read_site_config(folder / "site.toml")
+    device = {"device": "cpu", "physical_batch": 4, **sections.pop("device", {})}
+    return read_site_config(write_site(folder, site_tables(model, device=device, **sections)))
 
 
 def test_base_model_and_examples_are_loaded_once_for_all_rounds_and_runs(
@@ -119,12 +110,12 @@ def test_a_model_that_is_not_there_stops_the_agent_from_starting(tmp_path: Path)
 
 
 def test_an_exact_size_is_the_number_of_rows_of_the_one_data_set(tiny_bert: Path, tmp_path: Path) -> None:
-    exact = {"policy": {"public_size": "exact"}}
-    assert declared_size(site_toml(tmp_path, tiny_bert, **exact)) == 4
+    exact = {"population": {"public_size": "exact"}}
+    assert declared_size(site_toml(tmp_path, tiny_bert, **exact), WHOLE_SITE) == 4
     two = site_toml(tmp_path, tiny_bert, **exact, data={"more": {"path": "train.csv"}})
     with pytest.raises(ConfigError, match=r"needs exactly one \[data\.NAME\]"):
-        declared_size(two)
-    assert declared_size(site_toml(tmp_path, tiny_bert)) == 40
+        declared_size(two, WHOLE_SITE)
+    assert declared_size(site_toml(tmp_path, tiny_bert), WHOLE_SITE) == 40
 
 
 def test_a_row_that_the_task_cannot_encode_leaves_the_others_as_they_are(
@@ -177,7 +168,7 @@ def with_patients(folder: Path, model: Path) -> SiteConfig:
         folder,
         model,
         data={"default": {"path": "train.csv", "privacy_unit": "patient"}},
-        policy={"unit": "patient", "public_size": "exact"},
+        population={"unit": "patient", "public_size": "exact"},
     )
     with (folder / "train.csv").open("w", newline="") as stream:
         patients = ("ann", "bob", " ann", "")
@@ -190,7 +181,7 @@ def test_a_site_counts_and_draws_patients_where_its_unit_is_the_patient(
     tiny_bert: Path, model: AdaptedModel, tmp_path: Path
 ) -> None:
     config = with_patients(tmp_path, tiny_bert)
-    assert declared_size(config) == 2
+    assert declared_size(config, WHOLE_SITE) == 2
     site, resident = build_site(config)
     plan = plan_for(model)
     examples = resident.examples(plan, resident.model(plan))
@@ -203,7 +194,7 @@ def test_a_site_with_named_columns_and_a_unit_counts_its_units_when_it_starts(ti
     config = with_patients(tmp_path, tiny_bert)
     named = config.data["default"].model_copy(update={"columns": {"text": "text", "label": "label"}})
     config = config.model_copy(update={"data": {"default": named}})
-    assert declared_size(config) == 2
+    assert declared_size(config, WHOLE_SITE) == 2
     site, resident = build_site(config)
     resident.warm_up()
     site.ledger.close()
@@ -211,7 +202,7 @@ def test_a_site_with_named_columns_and_a_unit_counts_its_units_when_it_starts(ti
 
 def test_the_sites_check_tells_of_rows_that_name_no_unit(tiny_bert: Path, tmp_path: Path) -> None:
     report = check_site(with_patients(tmp_path, tiny_bert), "sequence-classification", LABELS)
-    assert report["shared"]["unit"] == "patient" and report["shared"]["public_size"] == 2
+    assert report["shared"]["populations"] == {"site": {"unit": "patient", "public_size": 2}}
     found = report["data"]["default"]
     assert (found["rows"], found["units"], found["faults"]) == (4, 2, 1)
     assert found["first_faults"] == [{"row": 3, "field": "privacy_unit", "reason": "names no unit"}]
@@ -221,7 +212,7 @@ def test_a_data_set_in_which_no_row_names_its_unit_stops_the_agent(tiny_bert: Pa
     config = with_patients(tmp_path, tiny_bert)
     (tmp_path / "train.csv").write_text("text,label,patient\nfever,urgent,\n")
     with pytest.raises(DataError, match=r"no row of .* names its unit"):
-        declared_size(config)
+        declared_size(config, WHOLE_SITE)
 
 
 @pytest.mark.parametrize(("unit", "column"), [("patient", None), ("example", "patient")])
@@ -229,11 +220,8 @@ def test_a_unit_and_the_column_that_names_it_belong_together(
     tiny_bert: Path, tmp_path: Path, unit: str, column: str | None
 ) -> None:
     data = {"path": "train.csv"} if column is None else {"path": "train.csv", "privacy_unit": column}
-    with pytest.raises(ConfigError, match=r"data\.default\.privacy_unit: .*policy\.unit is"):
-        site_toml(tmp_path, tiny_bert, data={"default": data}, policy={"unit": unit})
-
-
-# append to tests/unit/client/test_assemble.py; needs `import numpy as np`
+    with pytest.raises(ConfigError, match=r"data\.default\.privacy_unit: .*populations\.site\.unit is"):
+        site_toml(tmp_path, tiny_bert, data={"default": data}, population={"unit": unit})
 
 
 def test_frozen_activations_outlive_the_agent_and_not_the_rows_they_are_of(

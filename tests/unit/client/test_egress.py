@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 import pytest
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 
 from client import egress
-from client.privacy.ledger import Decision, PlanEntry
+from client.privacy.ledger import Decision, PlanEntry, StoredRelease
 from common.adapter import AdapterSpec
 from common.errors import AdapterError
 from common.messages import (
@@ -90,17 +90,89 @@ def test_a_nan_leaves_no_trace_of_its_bits() -> None:
     assert egress.release({**UPDATE, "a": bits.view(np.float32)}, SPEC) == egress.release({**UPDATE, "a": zeros}, SPEC)
 
 
-def test_a_reply_repeats_the_request_and_adds_the_stored_tensors_alone() -> None:
+BOUNDS = {"loss": 2.5, "accuracy": 1.0}
+
+
+def stored(means: dict[str, float] | None = None) -> StoredRelease:
+    return StoredRelease(egress.release(UPDATE, SPEC, means or {}, BOUNDS if means else {}), '{"lines":3}')
+
+
+def replied(release: StoredRelease) -> Release:
     request = TrainRequest("run", 3, "plan", UPDATE)
-    reply = egress.reply("north", request, request.digest(), egress.release(UPDATE, SPEC))
+    return egress.reply("north", request, request.digest(), release)
+
+
+def test_a_reply_repeats_the_request_and_adds_what_is_stored_alone() -> None:
+    reply, request = replied(stored()), TrainRequest("run", 3, "plan", UPDATE)
     assert (reply.site, reply.run_id, reply.round, reply.request_digest) == ("north", "run", 3, request.digest())
     assert sorted(reply.update) == ["a", "b"]
+    assert (reply.head, reply.metrics) == ('{"lines":3}', {})
+
+
+def test_metrics_are_stored_beside_the_tensors_and_leave_apart_from_them_in_their_own_units() -> None:
+    release = stored({"loss": 0.5, "accuracy": 0.25})
+    assert {name: (array.dtype, array.shape) for name, array in load(release.payload).items()} == {
+        "a": (np.dtype("<f4"), (4,)),
+        "b": (np.dtype("<f4"), (2, 3)),
+        "metrics/loss": (np.dtype("<f4"), ()),
+        "metrics/accuracy": (np.dtype("<f4"), ()),
+    }
+    reply = replied(release)
+    assert reply.metrics == {"loss": 1.25, "accuracy": 0.25}
+    assert {name: array.tolist() for name, array in reply.update.items()} == {
+        name: array.tolist() for name, array in UPDATE.items()
+    }
+
+
+def test_without_metrics_the_bytes_are_those_of_the_tensors() -> None:
+    assert egress.release(UPDATE, SPEC, {}, {}) == save(UPDATE) == egress.release(UPDATE, SPEC)
+
+
+@pytest.mark.parametrize(
+    ("noisy", "sent"),
+    [
+        (-0.3, 0.0),
+        (-0.0, 0.0),
+        (1.7, 1.0),
+        (1.0, 1.0),
+        (np.nan, 0.0),
+        (np.inf, 0.0),
+        (-np.inf, 0.0),
+        (1e300, 1.0),
+        (1e-300, 0.0),
+    ],
+)
+def test_a_metric_leaves_within_its_bounds_and_finite_whatever_noise_made_of_it(noisy: float, sent: float) -> None:
+    metrics = replied(stored({"loss": noisy, "accuracy": noisy})).metrics
+    assert metrics == {"loss": 2.5 * sent, "accuracy": sent}
+    assert not any(np.signbit(value) for value in metrics.values())
+
+
+def test_a_metric_leaves_as_the_nearest_fp32_number_and_within_its_bound_as_such() -> None:
+    third = {"loss": 2 * np.log(3)}
+    reply = replied(StoredRelease(egress.release(UPDATE, SPEC, {"loss": 5.0}, third), ""))
+    assert reply.metrics == {"loss": float(np.float32(2 * np.log(3)))}
+
+
+@pytest.mark.parametrize(
+    "means",
+    [{}, {"loss": 0.5}, {"loss": 0.5, "accuracy": 0.5, "count": 0.5}, {"loss": 0.5, "f1": 0.5}],
+    ids=["none", "one missing", "one too many", "another"],
+)
+def test_other_metrics_than_the_plans_do_not_leave(means: dict[str, float]) -> None:
+    with pytest.raises(AdapterError, match="release: metrics"):
+        egress.release(UPDATE, SPEC, means, BOUNDS)
+
+
+def test_metrics_that_no_plan_asks_for_do_not_leave() -> None:
+    with pytest.raises(AdapterError, match="release: metrics"):
+        egress.release(UPDATE, SPEC, {"loss": 0.5})
 
 
 def test_no_reply_has_a_field_beyond_the_allow_list() -> None:
     fields = {kind: {field.name for field in dataclasses.fields(kind)} for kind in (Release, Refusal, Pending)}
     assert fields == {
-        Release: {"site", "run_id", "round", "request_digest", "update", "schema_version"},
+        Release: {"site", "run_id", "round", "request_digest", "update", "head", "metrics", "schema_version"},
         Refusal: {"site", "reason"},
         Pending: {"site"},
     }

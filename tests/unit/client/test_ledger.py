@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sqlite3
 import stat
 import subprocess
 import sys
@@ -13,50 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import psutil
 import pytest
-from small_sites import (
-    classifier,
-    encoded,
-    flat,
-    phase,
-    plan_for,
-    policy_for,
-    random_state,
-    request_for,
-    shown,
-    site_for,
-)
+from small_ledgers import COST, SEGMENTS, SITE, STATEMENT, approved, fund, open_ledger, receive, rows, secrets_in
 
-import client.site
-from client.privacy.ledger import Decision, Ledger, Population, Reservation
+from client.privacy.ledger import Decision, Ledger, StoredRelease
 from client.privacy.sampling import RoundSecret
 from client.privacy.secret_files import SecretFiles
-from common.adapted import AdaptedModel
-from common.adapter import AdapterState
 from common.errors import LedgerError
-from common.messages import PhaseStatement, PrivacyStatement, RefusalReason, Release
-from common.privacy.accounting import Segment, filter_epsilon
+from common.messages import PhaseStatement, RefusalReason
+from common.privacy.accounting import filter_epsilon
 
 REPOSITORY = Path(__file__).parents[3]
-SITE = Population("site", "example", 40, 4.0, 1e-5)
-STATEMENT = PrivacyStatement(
-    epsilon=2.0,
-    delta=1e-5,
-    unit="example",
-    neighbouring="add-remove-one",
-    accountant="prv",
-    steps=30,
-    phases=(PhaseStatement("head", 1.0, 8.0, 1.0, 10), PhaseStatement("lora", 0.1, 2.0, 0.5, 20)),
-)
-COST = filter_epsilon([Segment(1.0, 8.0, 10), Segment(0.1, 2.0, 20)], 1e-5)
-
-
-def open_ledger(folder: Path, limit: float = 4.0, **settings: Any) -> Ledger:
-    ledger = Ledger(folder, **settings)
-    ledger.declare(replace(SITE, lifetime_epsilon=limit))
-    return ledger
 
 
 @pytest.fixture
@@ -64,34 +29,6 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
     opened = open_ledger(tmp_path)
     yield opened
     opened.close()
-
-
-def receive(ledger: Ledger, digest: str, statement: PrivacyStatement | None = STATEMENT) -> None:
-    ledger.receive(digest, f"run of {digest}", "{}", "site", statement, None)
-
-
-def approved(ledger: Ledger, digest: str = "plan") -> Ledger:
-    receive(ledger, digest)
-    assert ledger.approve(digest) is Decision.APPROVED
-    return ledger
-
-
-def fund(ledger: Ledger, round: int = 1, request: str = "request", phase: str = "head") -> Reservation:
-    reservation = ledger.reserve("plan", round, request, phase, 1, RoundSecret.from_system)
-    assert isinstance(reservation, Reservation)
-    return reservation
-
-
-def rows(folder: Path, query: str) -> list[tuple[Any, ...]]:
-    """What another process would read: committed rows only."""
-    with sqlite3.connect(f"file:{folder / 'ledger.sqlite'}?mode=ro", uri=True) as db:
-        found = db.execute(query).fetchall()
-    db.close()
-    return found
-
-
-def secrets_in(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in (folder / "secrets").iterdir()}
 
 
 # ------------------------------------------------------------------------------------------------------------ approval
@@ -103,7 +40,7 @@ def test_approving_reserves_the_whole_cost_of_every_phase(ledger: Ledger, tmp_pa
         ("plan", 0, "head", 1.0, 8.0, 1.0, 10),
         ("plan", 1, "lora", 0.1, 2.0, 0.5, 20),
     ]
-    assert ledger.reserved("site") == [Segment(1.0, 8.0, 10), Segment(0.1, 2.0, 20)]
+    assert ledger.reserved("site") == SEGMENTS
 
 
 def test_a_plan_beyond_the_lifetime_limit_is_refused_and_reserves_nothing(tmp_path: Path) -> None:
@@ -117,7 +54,7 @@ def test_a_plan_beyond_the_lifetime_limit_is_refused_and_reserves_nothing(tmp_pa
 
 
 def test_what_was_reserved_before_counts_against_the_limit(tmp_path: Path) -> None:
-    both = [Segment(1.0, 8.0, 10), Segment(0.1, 2.0, 20)] * 2
+    both = SEGMENTS * 2
     ledger = open_ledger(tmp_path, limit=filter_epsilon(both, 1e-5) * 0.999)
     receive(approved(ledger), "second")
     assert ledger.approve("second") is Decision.REFUSED
@@ -136,7 +73,7 @@ def test_nothing_is_refunded_when_a_plan_is_never_executed_or_the_site_restarts(
     assert again.approve("second") is Decision.REFUSED
     with pytest.raises(LedgerError, match="not waiting"):
         again.reject("plan")
-    assert again.reserved("site") == [Segment(1.0, 8.0, 10), Segment(0.1, 2.0, 20)]
+    assert again.reserved("site") == SEGMENTS
     again.close()
 
 
@@ -147,7 +84,7 @@ def test_a_plan_is_decided_once(ledger: Ledger) -> None:
             decide("plan")
         with pytest.raises(LedgerError, match="is not waiting for a decision"):
             decide("unknown")
-    assert ledger.reserved("site") == [Segment(1.0, 8.0, 10), Segment(0.1, 2.0, 20)]
+    assert ledger.reserved("site") == SEGMENTS
 
 
 def test_a_rejected_plan_costs_nothing_and_stays_rejected(ledger: Ledger) -> None:
@@ -293,11 +230,11 @@ def test_a_folder_of_secrets_that_was_open_to_others_is_closed(tmp_path: Path) -
 
 def test_the_same_request_gets_the_same_bytes_also_after_a_restart(tmp_path: Path) -> None:
     ledger = approved(open_ledger(tmp_path))
-    ledger.record(fund(ledger), b"\0release\xff")
-    assert ledger.release("plan", 1, "request") == b"\0release\xff"
+    ledger.record(fund(ledger), b"\0release\xff", "head")
+    assert ledger.release("plan", 1, "request") == StoredRelease(b"\0release\xff", "head")
     ledger.close()
     again = open_ledger(tmp_path)
-    assert again.release("plan", 1, "request") == b"\0release\xff"
+    assert again.release("plan", 1, "request") == StoredRelease(b"\0release\xff", "head")
     assert again.charges("plan") == [(1, "head", 1.0, 8.0, 1)]
     assert [entry.digest for entry in again.plans()] == ["plan"]
     assert again.plan("plan") == replace(again.plans(Decision.APPROVED)[0], statement=STATEMENT)
@@ -374,187 +311,5 @@ def test_a_secret_that_a_crash_left_beside_its_release_is_deleted_at_the_next_st
     ledger.close()
     again = open_ledger(tmp_path)
     assert secrets_in(tmp_path) == {"plan-2": running.secret.value}, "a round that is not finished keeps its secret"
-    assert again.release("plan", 1, "request") == b"release"
+    assert again.release("plan", 1, "request") == StoredRelease(b"release", "")
     again.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------- file
-
-
-def test_writes_are_on_disk_before_anything_goes_on(ledger: Ledger) -> None:
-    with ledger._connection() as db:
-        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-        assert db.execute("PRAGMA synchronous").fetchone() == (2,), "FULL"
-        assert db.execute("PRAGMA foreign_keys").fetchone() == (1,)
-
-
-def test_secret_and_folder_are_forced_to_disk_before_the_charge(
-    ledger: Ledger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    approved(ledger)
-    forced = []
-    fsync = os.fsync
-
-    def watch(descriptor: int) -> None:
-        forced.append((os.fstat(descriptor).st_ino, rows(tmp_path, "SELECT COUNT(*) FROM charges")))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", watch)
-    fund(ledger)
-    file, folder = (tmp_path / "secrets" / "plan-1").stat(), (tmp_path / "secrets").stat()
-    assert forced == [(file.st_ino, [(0,)]), (folder.st_ino, [(0,)])]
-
-
-def test_a_ledger_of_a_newer_version_is_refused(ledger: Ledger, tmp_path: Path) -> None:
-    with ledger._transaction() as db:
-        db.execute("UPDATE meta SET value='2' WHERE key='schema_version'")
-    with pytest.raises(LedgerError, match=r"schema_version 2 is newer .* \(1\); update it"):
-        Ledger(tmp_path)
-
-
-def test_a_damaged_file_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
-    (tmp_path / "ledger.sqlite").write_bytes(b"not a database, but a long enough line of text" * 30)
-    with pytest.raises(LedgerError, match=r"cannot be used .*; do not delete it, and put no older copy in its place"):
-        Ledger(tmp_path)
-    assert (tmp_path / "ledger.sqlite").read_bytes().startswith(b"not a database")
-
-
-def test_a_ledger_that_is_closed_between_uses_does_the_same(tmp_path: Path) -> None:
-    ledger = approved(open_ledger(tmp_path, keep_open=False))
-    ledger.record(fund(ledger), b"release")
-    assert ledger._open is None
-    opened = [Path(file.path) for file in psutil.Process().open_files()]
-    assert not [file for file in opened if file.is_relative_to(tmp_path.resolve())]
-    assert ledger.release("plan", 1, "request") == b"release"
-    assert [entry.digest for entry in ledger.plans(Decision.APPROVED)] == ["plan"]
-    assert secrets_in(tmp_path) == {}
-
-
-# ------------------------------------------------------------------------------------------- through the site's rounds
-
-
-def test_no_gradient_is_computed_before_charge_and_secret_are_stored(
-    model: AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_for(model)
-    site = site_for(tmp_path, model, encoded(model, 8))
-    site.describe(shown(plan))
-    seen = []
-    real = client.site.train_round
-
-    def watched(*arguments: Any, **settings: Any) -> AdapterState:
-        (charge,) = rows(tmp_path, "SELECT round, phase, sample_rate, steps, released_at FROM charges")
-        seen.append((charge, [len(value) for value in secrets_in(tmp_path).values()]))
-        return real(*arguments, **settings)
-
-    monkeypatch.setattr(client.site, "train_round", watched)
-    assert isinstance(site.train(request_for(plan, random_state(model))), Release)
-    assert seen == [((1, "lora", 0.25, 2, None), [32])]
-    assert secrets_in(tmp_path) == {}
-
-
-def test_after_a_crash_in_training_the_same_release_is_made_at_no_further_charge(
-    model: AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan, items = plan_for(model), encoded(model, 20)
-    request = request_for(plan, random_state(model))
-    site = site_for(tmp_path / "a", model, items)
-    site.describe(shown(plan))
-    with monkeypatch.context() as patch:
-        patch.setattr(client.site, "train_round", _power_cut)
-        with pytest.raises(RuntimeError, match="power cut"):
-            site.train(request)
-    (secret,) = secrets_in(tmp_path / "a").values()
-    site.ledger.close()
-
-    restarted = site_for(tmp_path / "a", model, items)
-    release = restarted.train(request)
-    assert isinstance(release, Release)
-    assert len(restarted.ledger.charges(plan.digest())) == 1
-    _same_update(release, _uninterrupted(tmp_path / "b", model, secret, items))
-    again = restarted.train(request)
-    assert isinstance(again, Release)
-    _same_update(release, again)
-
-
-def _power_cut(*_: object, **__: object) -> None:
-    raise RuntimeError("power cut")
-
-
-def _uninterrupted(folder: Path, model: AdaptedModel, secret: bytes, items: Any) -> Release:
-    """The release of a site that happens to draw the same secret and never stops."""
-    site = site_for(folder, model, items)
-    site._fresh_secret = lambda round: RoundSecret(secret)  # type: ignore[method-assign]
-    plan = plan_for(model)
-    site.describe(shown(plan))
-    release = site.train(request_for(plan, random_state(model)))
-    assert isinstance(release, Release)
-    return release
-
-
-def _same_update(found: Release, expected: Release) -> None:
-    assert np.array_equal(flat(found.update), flat(expected.update))
-    assert {name: array.tobytes() for name, array in found.update.items()} == {
-        name: array.tobytes() for name, array in expected.update.items()
-    }
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path.append("tests/privacy")
-import client.site
-from small_sites import classifier, encoded, plan_for, random_state, request_for, shown, site_for
-model = classifier(Path(sys.argv[1]))
-plan = plan_for(model)
-site = site_for(Path(sys.argv[2]), model, encoded(model, 20), durable=True)
-real = client.site.train_round
-def killed(*arguments, **settings):
-    real(*arguments, **settings, step_done=lambda: os.kill(os.getpid(), signal.SIGKILL))
-client.site.train_round = killed
-site.describe(shown(plan))
-site.train(request_for(plan, random_state(model)))
-"""
-
-
-def test_after_a_kill_in_mid_round_the_same_release_is_made_at_no_further_charge(
-    model: AdaptedModel, tiny_bert: Path, tmp_path: Path
-) -> None:
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(tiny_bert), str(tmp_path)], cwd=REPOSITORY, timeout=120)
-    assert killed.returncode == -9
-    plan, items = plan_for(model), encoded(model, 20)
-    (secret,) = secrets_in(tmp_path).values()
-    assert rows(tmp_path, "SELECT round, released_at FROM charges") == [(1, None)]
-
-    site = site_for(tmp_path, model, items)
-    release = site.train(request_for(plan, random_state(model)))
-    assert isinstance(release, Release)
-    assert [row[0] for row in site.ledger.charges(plan.digest())] == [1]
-    assert secrets_in(tmp_path) == {}
-    _same_update(release, _uninterrupted(tmp_path / "b", model, secret, items))
-
-
-def test_a_site_whose_secret_was_lost_refuses_the_round_and_goes_on_with_the_next(
-    model: AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plan = plan_for(model)
-    site = site_for(tmp_path, model, encoded(model, 8))
-    site.describe(shown(plan))
-    with monkeypatch.context() as patch:
-        patch.setattr(client.site, "train_round", _power_cut)
-        with pytest.raises(RuntimeError):
-            site.train(request_for(plan, random_state(model)))
-    for file in (tmp_path / "secrets").iterdir():
-        file.unlink()
-    refusal = site.train(request_for(plan, random_state(model)))
-    assert getattr(refusal, "reason", None) is RefusalReason.SEED_LOST
-    assert isinstance(site.train(request_for(plan, random_state(model), round=2)), Release)
-
-
-def test_the_lifetime_budget_ends_with_the_plan_that_does_not_fit_any_more(tiny_bert: Path, tmp_path: Path) -> None:
-    model = classifier(tiny_bert)
-    policy = policy_for(model, lifetime_epsilon=12.0, max_epsilon=8.0)
-    site = site_for(tmp_path, model, policy=policy)
-    phases = [phase(rounds=1, steps=1)]
-    refusals = [site.describe(shown(plan_for(model, phases, run_id=run))).refusal for run in ("a", "b", "c")]
-    assert refusals[0] is None and refusals[-1] is RefusalReason.BUDGET

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
 from typing import Any
 
 import pytest
+from site_files import COORDINATOR
 from small_sites import phase, plan_for, policy_for
 
 from client.policy import Policy, rounded
+from client.policy import policy_for as policy_of_a_simulation
 from common.adapted import AdaptedModel
 from common.config import LoraSection, PhaseSection, PrivacySection, TaskSection
 from common.messages import RefusalReason
@@ -32,6 +34,7 @@ def test_a_plan_within_all_bounds_is_allowed(model: AdaptedModel) -> None:
         {"privacy": PrivacySection(epsilon=10.01)},
         {"privacy": PrivacySection(delta=1.1e-5)},
         {"privacy": PrivacySection(mechanism="none")},
+        {"privacy": PrivacySection(metrics=("loss",))},
     ],
     ids=lambda plan: str(*plan),
 )
@@ -52,6 +55,37 @@ def test_each_bound_is_kept(model: AdaptedModel, plan: dict[str, Any]) -> None:
 )
 def test_a_site_may_set_each_bound_otherwise(model: AdaptedModel, policy: dict[str, Any], plan: dict[str, Any]) -> None:
     assert refusal(model, policy, **plan) is None
+
+
+LOSS, ACCURACY = ("loss",), ("accuracy",)
+
+
+@pytest.mark.parametrize(
+    ("listed", "asked", "reason"),
+    [
+        ((), (), None),
+        (LOSS, (), None),
+        (LOSS, LOSS, None),
+        (LOSS + ACCURACY, ACCURACY + LOSS, None),
+        ((), ACCURACY, RefusalReason.POLICY),
+        (LOSS, ACCURACY, RefusalReason.POLICY),
+        (LOSS, LOSS + ACCURACY, RefusalReason.POLICY),
+    ],
+)
+@pytest.mark.parametrize("mechanism", ["dp-sgd", "none"])
+def test_a_plan_may_ask_for_the_metrics_that_are_listed_and_for_no_others(
+    model: AdaptedModel, listed: tuple[str, ...], asked: Any, reason: RefusalReason | None, mechanism: Any
+) -> None:
+    policy = {"metrics": listed, "allow_no_privacy": True}
+    assert refusal(model, policy, privacy=PrivacySection(mechanism=mechanism, metrics=asked)) is reason
+
+
+def test_a_simulated_site_allows_exactly_the_plans_metrics(model: AdaptedModel) -> None:
+    asked = plan_for(model, privacy=PrivacySection(metrics=LOSS))
+    policy = policy_of_a_simulation(asked, 40, COORDINATOR.public)
+    assert policy.section.metrics == LOSS and policy.refusal(asked) is None
+    more = plan_for(model, privacy=PrivacySection(metrics=(*LOSS, *ACCURACY)))
+    assert policy.refusal(more) is RefusalReason.POLICY
 
 
 def test_the_default_delta_is_bounded_too(model: AdaptedModel) -> None:
@@ -83,9 +117,8 @@ def test_what_a_plan_leaves_open_to_the_coordinator_does_not_matter(model: Adapt
 
 
 def test_the_answer_depends_on_nothing_but_policy_plan_and_declared_size(model: AdaptedModel) -> None:
-    policy = policy_for(model)
-    assert policy == Policy(40, policy.section, ("default",), (model.base.digest,))
-    assert replace(policy, public_size=2).refusal(plan_for(model)) is RefusalReason.TOO_SMALL
+    assert {field.name for field in fields(Policy)} == {"section", "populations", "data"}
+    assert policy_for(model, public_size=2).refusal(plan_for(model)) is RefusalReason.TOO_SMALL
 
 
 @pytest.mark.parametrize(

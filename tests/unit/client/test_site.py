@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _one_name_twice(plan: Plan) -> DescribeRequest:
 
 
 def _of_another_run(plan: Plan) -> DescribeRequest:
-    return DescribeRequest("other", plan.canonical(), "0" * 64)
+    return replace(shown(plan), run_id="other")
 
 
 @pytest.mark.parametrize(
@@ -439,4 +440,6 @@ def test_the_audit_log_tells_what_happened_and_nothing_about_the_data(
         "round",
         "request",
         "reason",
+        "release",
+        "size",
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from site_files import site_tables
 
 from client.config import SiteConfig
 from common.config import DEFAULT_PHASES, RunConfig
@@ -70,10 +71,11 @@ def test_a_setting_inside_a_named_table_is_answered_with_the_settings_of_that_ta
 
 
 def test_a_value_that_fits_neither_of_two_kinds_is_one_problem() -> None:
-    policy = {"public_size": "exakt", "lifetime_epsilon": 8.0, "max_epsilon": 8.0}
+    tables = site_tables(Path("no model"), population={"public_size": "exakt"})
     with pytest.raises(ConfigError) as caught:
-        validate(SiteConfig, {"site": {"name": "a"}, "data": {"x": {"path": "p"}}, "policy": policy}, "site.toml")
-    assert caught.value.problems == ["policy.public_size = 'exakt': should be a valid integer, or should be 'exact'"]
+        validate(SiteConfig, tables, "site.toml")
+    problem = "populations.site.public_size = 'exakt': should be a valid integer, or should be 'exact'"
+    assert caught.value.problems == [problem]
 
 
 @pytest.mark.parametrize(

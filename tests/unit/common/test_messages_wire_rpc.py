@@ -32,6 +32,8 @@ from common.messages import (
     TrainReply,
     TrainRequest,
     Unavailable,
+    joined,
+    parted,
 )
 from common.protos import site_pb2 as pb
 
@@ -45,7 +47,9 @@ DESCRIPTION = SiteDescription(
 REQUEST = TrainRequest(
     "run-1", 3, "p" * 64, {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones(4, "<f4")}
 )
-RELEASE = Release("north", "run-1", 3, "d" * 64, {"b": np.full((2, 3), -0.0, np.float32)})
+RELEASE = Release(
+    "north", "run-1", 3, "d" * 64, {"b": np.full((2, 3), -0.0, np.float32)}, '{"lines":3}', {"loss": 1.25}
+)
 
 
 def same(left: Any, right: Any) -> bool:
@@ -95,6 +99,8 @@ releases = st.builds(
     round=st.integers(1, 2**31),
     request_digest=text,
     update=tensors(),
+    head=text,
+    metrics=st.dictionaries(text, st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=3),
     schema_version=st.just(1),
 )
 replies = st.one_of(releases, st.builds(Refusal, text, st.sampled_from(RefusalReason)), st.builds(Pending, text))
@@ -149,7 +155,7 @@ def test_a_description_comes_through_both_forms(description: SiteDescription) ->
 
 
 def test_a_describe_request_comes_through() -> None:
-    request = DescribeRequest("run-1", '{"plan": "später"}', "c" * 64)
+    request = DescribeRequest("run-1", '{"plan": "später"}', "c" * 64, "signed", "seen")
     assert wire.describe_request_from_record(wire.describe_request_to_record(request)) == request
 
 
@@ -173,6 +179,28 @@ def test_tensors_of_several_frames_come_through_and_can_be_written_to() -> None:
     for again in (rpc.train_request_of(frames), wire.train_request_from_record(wire.train_request_to_record(request))):
         assert same(again, request)
         assert all(array.flags.writeable for array in again.adapter.values())
+
+
+def test_tensors_and_metrics_that_are_stored_together_come_apart_again() -> None:
+    together = joined(RELEASE.update, {"loss": 1.25, "accuracy": 0.1})
+    assert {name: (array.dtype, array.shape) for name, array in together.items()} == {
+        "b": (np.float32, (2, 3)),
+        "metrics/loss": (np.float32, ()),
+        "metrics/accuracy": (np.float32, ()),
+    }
+    update, metrics = parted(together)
+    assert update.keys() == {"b"} and update["b"] is RELEASE.update["b"]
+    assert metrics == {"accuracy": float(np.float32(0.1)), "loss": 1.25}
+    assert parted({"b": RELEASE.update["b"]})[1] == {}
+
+
+def test_the_same_metrics_make_the_same_frames_in_whatever_order_they_come() -> None:
+    one, other = ({"loss": 1.5, "accuracy": 0.5}, {"accuracy": 0.5, "loss": 1.5})
+    first, second = (
+        [frame.SerializeToString() for frame in rpc.train_reply_frames(replace(RELEASE, metrics=metrics))]
+        for metrics in (one, other)
+    )
+    assert first == second
 
 
 # ---- the request's digest -------------------------------------------------------------------------------------------
@@ -207,7 +235,7 @@ def test_whatever_a_site_would_answer_differently_to_changes_the_digest() -> Non
 SENT: list[tuple[RecordDict, set[str], bool]] = [
     (
         wire.describe_request_to_record(DescribeRequest("r", "p", "c")),
-        {"run_id", "plan", "code_digest", "schema_version"},
+        {"run_id", "plan", "code_digest", "signature", "witness", "schema_version"},
         False,
     ),
     (
@@ -228,7 +256,7 @@ SENT: list[tuple[RecordDict, set[str], bool]] = [
     (wire.train_request_to_record(REQUEST), {"run_id", "round", "plan_digest", "schema_version"}, True),
     (
         wire.train_reply_to_record(RELEASE),
-        {"kind", "site", "run_id", "round", "request_digest", "schema_version"},
+        {"kind", "site", "run_id", "round", "request_digest", "head", "metrics", "schema_version"},
         True,
     ),
     (wire.train_reply_to_record(Refusal("north", RefusalReason.BUDGET)), {"kind", "site", "reason"}, False),
@@ -253,7 +281,11 @@ def test_a_statement_travels_with_these_fields_and_no_others() -> None:
     ("message", "expected"),
     [
         (pb.TrainReplyFrame, {"release", "chunk", "refusal", "pending"}),
-        (pb.ReleaseHeader, {"schema_version", "site", "run_id", "round", "request_digest", "layout"}),
+        (
+            pb.ReleaseHeader,
+            {"schema_version", "site", "run_id", "round", "request_digest", "layout", "head", "metrics"},
+        ),
+        (pb.Metric, {"name", "value"}),
         (pb.TensorLayout, {"name", "shape"}),
         (pb.Refusal, {"site", "reason"}),
         (pb.Pending, {"site"}),
@@ -347,6 +379,15 @@ def test_an_unknown_kind_or_reason_of_a_reply_is_refused() -> None:
         wire.train_reply_from_record(changed(SENT[3][0], kind="metrics"))
     with pytest.raises(WireError, match="unknown refusal reason 'because of row 7'"):
         wire.train_reply_from_record(changed(SENT[4][0], reason="because of row 7"))
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    ["", "{", "7", "[]", "null", '{"loss": "1.0"}', '{"loss": 1}', '{"loss": true}', '{"loss": [1.0]}', "[" * 10**5],
+)
+def test_metrics_that_are_not_numbers_by_name_are_refused(metrics: str) -> None:
+    with pytest.raises(WireError, match="metrics: cannot be read"):
+        wire.train_reply_from_record(changed(SENT[3][0], metrics=metrics))
 
 
 def packed(content: bytes, name: str = "safetensors", kind: str = "safetensors") -> ArrayRecord:
@@ -458,6 +499,10 @@ def refusal(reason: str) -> pb.TrainReplyFrame:
         ([pb.TrainReplyFrame(pending=pb.Pending(site="n")), pb.TrainReplyFrame(chunk=b"1234")], "goes on after a pend"),
         ([*rpc.train_reply_frames(RELEASE), refusal("budget")], "something other than tensor data"),
         ([pb.TrainReplyFrame(release=pb.ReleaseHeader(schema_version=2))], "schema_version 2 is newer"),
+        (
+            [pb.TrainReplyFrame(release=pb.ReleaseHeader(metrics=[pb.Metric(name="loss"), pb.Metric(name="loss")]))],
+            "metric 'loss' is given twice",
+        ),
     ],
 )
 def test_reply_frames_that_do_not_fit_are_refused(frames: list[pb.TrainReplyFrame], message: str) -> None:

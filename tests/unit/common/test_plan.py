@@ -24,9 +24,11 @@ PHASES = [
 ]
 
 
-def plan(run_id: str = "run-1", model: str = "m" * 64, adapter: str = "a" * 64, **sections: Any) -> Plan:
+def plan(
+    run_id: str = "run-1", model: str = "m" * 64, adapter: str = "a" * 64, code: str = "c" * 64, **sections: Any
+) -> Plan:
     tables = {"task": {"labels": ["ja", "nein", "später"]}, "phase": PHASES, **sections}
-    return plan_of(RunConfig.model_validate(tables), run_id, model, adapter)
+    return plan_of(RunConfig.model_validate(tables), run_id, model, adapter, code)
 
 
 def changed(**fields: Any) -> str:
@@ -73,6 +75,7 @@ def test_defaults_written_out_do_not_change_the_digest() -> None:
         {"run_id": "run-2"},
         {"model": "n" * 64},
         {"adapter": "b" * 64},
+        {"code": "d" * 64},
         {"run": {"seed": 1}},
         {"data": {"name": "other"}},
         {"task": {"labels": ["nein", "ja", "später"]}},

@@ -14,6 +14,7 @@ import pytest
 import server.app as server_app
 from common.config import RunConfig
 from common.errors import ConfigError, ConsiliumError
+from common.signing import SigningKey
 from common.toml_settings import validate
 from server.checkpoint import RunFolder
 from server.lock import RunLock
@@ -26,7 +27,9 @@ FLOWER_RUN = 7
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., None]]:
     """Calls the ServerApp with a submission for ``tmp_path / "out"``, as Flower does."""
     monkeypatch.setattr(server_app, "set_up_logging", lambda *_, **__: None)
-    config = validate(RunConfig, {"task": {"labels": ["a", "b"]}}, "test")
+    SigningKey.create(tmp_path / "key.pem")
+    tables = {"task": {"labels": ["a", "b"]}, "server": {"signing_key": tmp_path / "key.pem"}}
+    config = validate(RunConfig, tables, "test")
 
     def run(resume: bool = False) -> None:
         submission = Submission("run-1", str(tmp_path / "out"), resume, config.model_dump_json())

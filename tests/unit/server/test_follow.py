@@ -13,7 +13,7 @@ import pytest
 
 import server.follow as follow
 from common.config import RunConfig
-from common.errors import ConnectionFailed, ConsiliumError, OutputError, RunFailed
+from common.errors import ConfigError, ConnectionFailed, ConsiliumError, OutputError, RunFailed
 from common.toml_settings import validate
 from server.checkpoint import RunFolder
 from server.follow import run_deployment
@@ -56,6 +56,7 @@ def superlink(monkeypatch: pytest.MonkeyPatch) -> SuperLink:
     monkeypatch.setattr(follow, "stop", lambda link, run: played.stopped.append(run))
     monkeypatch.setattr(follow, "LOOK_SECONDS", 0.001)
     monkeypatch.setattr(follow, "ASK_SECONDS", 0.0)
+    monkeypatch.setattr(follow, "signing_key", lambda config: None)
     return played
 
 
@@ -253,3 +254,11 @@ def test_paths_are_made_absolute_where_they_exist(tmp_path: Path, monkeypatch: p
     assert config.server.root_certificates == tmp_path / "ca.pem" and config.data.path == "owner/data-set"
     named = validate(RunConfig, {**tables, "model": {"name": "minilm"}}, "test")
     assert absolute(named).model.name == "minilm"  # the model of that name, whatever lies beside
+
+
+def test_a_run_that_no_key_would_sign_is_not_submitted(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"server\.signing_key: is missing"):
+        _run(tmp_path / "out")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        _run(tmp_path / "out", signing_key=str(tmp_path / "nowhere.pem"))
+    assert not (tmp_path / "out").exists()

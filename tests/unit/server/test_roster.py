@@ -16,6 +16,7 @@ from common.config import RunConfig
 from common.errors import RunFailed
 from common.messages import PhaseStatement, PlanStatus, PrivacyStatement, RefusalReason, SiteDescription
 from common.plan import Plan, plan_of
+from common.signing import SigningKey
 from common.toml_settings import validate
 from server.checkpoint import RunFolder
 from server.mailbox import Mailbox
@@ -64,7 +65,7 @@ class Nodes(InProcessGrid):
 @pytest.fixture
 def plan() -> Plan:
     config = validate(RunConfig, {"task": {"labels": ["a", "b"]}}, "test")
-    return plan_of(config, "run-1", "m" * 64, "a" * 64)
+    return plan_of(config, "run-1", "m" * 64, "a" * 64, "c" * 64)
 
 
 @pytest.fixture
@@ -74,7 +75,7 @@ def open_roster(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(roster_module, "_FIRST_LOOK_SECONDS", 0.0)
 
     def build(grid: Nodes) -> Roster:
-        return Roster(Mailbox(grid, plan.run_id, 0.0), plan, "c" * 64, RunFolder(tmp_path))
+        return Roster(Mailbox(grid, plan.run_id, 0.0), plan, SigningKey.fresh(), RunFolder(tmp_path))
 
     return build
 
