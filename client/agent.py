@@ -40,6 +40,8 @@ HEALTH = "grpc.health.v1.Health"
 
 LARGEST_FRAME = 4 << 20
 """Bytes of one gRPC message; a plan or a layout is far smaller, and tensors travel in chunks of 1 MiB."""
+LARGEST_METADATA = 4 << 10
+"""Bytes of a call's header fields; gRPC's own are a few hundred."""
 CALLS_AT_A_TIME = 8
 """Calls served at the same time."""
 MOST_CALLS = 64
@@ -50,8 +52,8 @@ TRANSFER_SECONDS = 600.0
 LIMITS = (
     ("grpc.max_receive_message_length", LARGEST_FRAME),
     ("grpc.per_message_decompression", 0),  # relays compress nothing, and a few bytes must not become gigabytes
-    ("grpc.max_metadata_size", 8 << 10),
-    ("grpc.absolute_max_metadata_size", 16 << 10),
+    ("grpc.max_metadata_size", LARGEST_METADATA),
+    ("grpc.absolute_max_metadata_size", LARGEST_METADATA),
     ("grpc.max_concurrent_streams", MOST_CALLS),
     ("grpc.so_reuseport", 0),
 )

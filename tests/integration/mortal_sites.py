@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -30,10 +31,12 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from client.agent import FAULT
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.code import code_digest
-from common.messages import Release, SiteDescription, TrainReply
+from common.errors import ConnectionFailed
+from common.messages import DescribeRequest, Release, SiteDescription, TrainReply, TrainRequest
 from common.plan import Plan
 from common.rpc import AgentAddress, RemoteSite
 
@@ -42,6 +45,7 @@ PROGRAM = Path(__file__).with_name("preloaded.py")
 PATIENCE = 60.0
 SERVES = "serves at"
 KILLED = -9
+NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
 WORDS = ("chest", "pain", "fever", "cough", "rash", "fall", "cut", "mild", "severe", "today")
 PUBLIC_SIZE = 40
@@ -139,6 +143,8 @@ class MortalSite:
     model: Path
     network: AdaptedModel
     sections: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    patience: float = PATIENCE
+    """Seconds to wait for an agent that does not accept a connection."""
 
     def __post_init__(self) -> None:
         """Writes the folder; nothing runs yet."""
@@ -191,19 +197,29 @@ class MortalSite:
         assert life.end(15) == 0, life.log
         self.auditor.inspect(killed=False)
 
-    def describe(self, plan: Plan, **settings: Any) -> SiteDescription | None:
-        """Shows a plan; ``None``: the agent died meanwhile."""
-        with self._remote() as site, _mortal():
-            return site.describe(shown(plan, code_digest(), **settings))
+    def tell(self, question: DescribeRequest) -> SiteDescription:
+        """The site's answer to a question of the coordinator."""
+        with self._remote() as site:
+            return site.describe(question)
+
+    def ask(self, request: TrainRequest) -> TrainReply:
+        """The site's reply to a request of the coordinator."""
+        with self._remote() as site:
+            reply = site.train(request)
+        if isinstance(reply, Release):
+            self.auditor.receive(reply)
+        return reply
+
+    def describe(self, plan: Plan, witness: str = "") -> SiteDescription | None:
+        """Shows a plan; ``None``: no answer, since the agent died or met a fault."""
+        with _faults():
+            return self.tell(shown(plan, code_digest(), witness=witness))
         return None
 
     def train(self, plan: Plan, round: int = 1) -> TrainReply | None:
-        """Asks for a round; ``None``: the agent died meanwhile."""
-        with self._remote() as site, _mortal():
-            reply = site.train(request_for(plan, self.adapter, round))
-            if isinstance(reply, Release):
-                self.auditor.receive(reply)
-            return reply
+        """Asks for a round; ``None``: no answer, since the agent died or met a fault."""
+        with _faults():
+            return self.ask(request_for(plan, self.adapter, round))
         return None
 
     def release(self, plan: Plan, round: int = 1) -> Release:
@@ -217,16 +233,19 @@ class MortalSite:
         return self.auditor.inspect(killed)
 
     def _remote(self) -> RemoteSite:
-        return RemoteSite(AgentAddress(self.listen), timeout=PATIENCE)
+        return RemoteSite(AgentAddress(self.listen), timeout=self.patience)
 
 
 @contextmanager
-def _mortal() -> Iterator[None]:
+def _faults() -> Iterator[None]:
+    """Goes on where a call had no answer, and the agent told nobody why."""
     try:
         yield
+    except ConnectionFailed:
+        pass
     except grpc.RpcError as error:
         if error.code() is not grpc.StatusCode.UNAVAILABLE:
-            raise
+            assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, FAULT)
 
 
 def write_model(folder: Path) -> Path:
@@ -248,3 +267,32 @@ def write_model(folder: Path) -> Path:
 def network_of(model: Path) -> AdaptedModel:
     """The coordinator's view of the model: its adapter's layout."""
     return classifier(model)
+
+
+@contextmanager
+def disk(folder: Path, *mounts: str) -> Iterator[tuple[int, Path]]:
+    """A view of the disks in which something else is mounted; yields the process that holds it, and its root folder.
+
+    Nothing of it is left afterwards, and nobody but those who share it sees it.
+
+    Args:
+        mounts: commands for a shell that may mount; ``$at`` is the folder.
+    """
+    script = " && ".join([*mounts, "echo ready", "exec cat"])
+    holder = subprocess.Popen(
+        [*NAMESPACE, "sh", "-c", script],
+        env={**os.environ, "at": str(folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdin is not None and holder.stdout is not None
+        assert holder.stdout.readline() == "ready\n"
+        yield holder.pid, Path(f"/proc/{holder.pid}/root")
+        holder.stdin.close()
+
+
+def can_mount() -> bool:
+    """Whether this system lets a test mount a disk."""
+    return shutil.which("unshare") is not None and not subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode

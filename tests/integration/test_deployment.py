@@ -47,7 +47,7 @@ RUN_TIMEOUT = 240.0
 DESCRIPTION = {
     *("site", "status", "refusal", "code_digest", "tasks", "max_rank", "public_size", "privacy", "schema_version"),
 }
-RELEASE = {"kind", "site", "run_id", "round", "request_digest", "head", "schema_version"}
+RELEASE = {"kind", "site", "run_id", "round", "request_digest", "head", "metrics", "schema_version"}
 STATEMENT = {"epsilon", "delta", "unit", "neighbouring", "accountant", "steps", "phases"}
 PHASE_STATEMENT = {"name", "sample_rate", "noise_multiplier", "clip_norm", "steps"}
 

@@ -159,9 +159,9 @@ def _rounds_within(subject: Subject, steps: int) -> list[int]:
     return chosen
 
 
-def _weight(phase: PhaseSection, stated: PhaseStatement) -> float:
+def _weight(subject: Subject, phase: PhaseSection, stated: PhaseStatement) -> float:
     """Of one round's sum in units of C: shift over variance, so that the shift of the weighted sum is largest."""
-    return stated.sample_rate / stated.noise_multiplier**2 / phase.clip_norm
+    return stated.sample_rate / subject.noise(stated) ** 2 / phase.clip_norm
 
 
 def _projected(probe: Probe, statement: PrivacyStatement, rounds: list[int]) -> FloatArray:
@@ -172,7 +172,7 @@ def _projected(probe: Probe, statement: PrivacyStatement, rounds: list[int]) -> 
     for round in rounds:
         phase = probe.subject.plan.phase_of(round)
         released = probe.noisy_sum(round, adapter).reshape(2, CANARIES)
-        total += _weight(phase, stated[phase.name]) * coordinates(released)
+        total += _weight(probe.subject, phase, stated[phase.name]) * coordinates(released)
     return total
 
 
@@ -182,8 +182,8 @@ def expected_shift(subject: Subject, statement: PrivacyStatement, rounds: list[i
     stated = {phase.name: phase for phase in statement.phases}
     for round in rounds:
         phase = subject.plan.phase_of(round)
-        q, sigma = subject.rate(phase), stated[phase.name].noise_multiplier
-        weight = _weight(phase, stated[phase.name]) * phase.clip_norm
+        q, sigma = subject.rate(phase), subject.noise(stated[phase.name])
+        weight = _weight(subject, phase, stated[phase.name]) * phase.clip_norm
         shift += weight * q * phase.steps
         variance += weight**2 * phase.steps * ((noise * sigma) ** 2 + q * (1 - q))
     return shift / math.sqrt(variance)

@@ -71,7 +71,7 @@ class Noise:
         """The noise of one round, divided by the deviation that the statement promises."""
         phase = self.subject.plan.phase_of(round)
         stated = self.statements[phase.name]
-        scale = stated.noise_multiplier * phase.clip_norm * math.sqrt(phase.steps)
+        scale = subject.noise(stated) * phase.clip_norm * math.sqrt(phase.steps)
         return probe.noisy_sum(round, adapter, subject.plan) / scale
 
     def of_phase(self, name: str) -> Iterable[tuple[int, FloatArray]]:

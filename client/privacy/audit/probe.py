@@ -26,6 +26,7 @@ from common.errors import ConfigError
 from common.examples import Examples
 from common.messages import (
     DescribeRequest,
+    PhaseStatement,
     PlanStatus,
     PrivacyStatement,
     Release,
@@ -34,6 +35,7 @@ from common.messages import (
     TrainRequest,
 )
 from common.plan import Plan, plan_of
+from common.privacy.metrics import NoiseSplit
 from common.signing import PLAN, SigningKey
 
 CODE = "0" * 64
@@ -59,6 +61,10 @@ class Subject:
     def rate(self, phase: PhaseSection) -> float:
         """q, from the plan's text alone."""
         return phase.sample_rate if phase.sample_rate is not None else (phase.batch_size or 0) / self.public_size
+
+    def noise(self, stated: PhaseStatement) -> float:
+        """σ of the released gradient: the stated one, and a little more where metrics have a share of the account."""
+        return NoiseSplit.of(self.plan.privacy).gradient(stated.noise_multiplier)
 
     def names(self, round: int) -> tuple[str, ...]:
         """The tensors of a round, in the order of :meth:`Probe.noisy_sum`."""

@@ -21,7 +21,7 @@ from certificates import write_authority
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from small_sites import encoded, flat, plan_for, random_state, request_for, shown, site_for
 
-from client.agent import FAULT, HEALTH, LARGEST_FRAME, MALFORMED, MOST_CALLS, SERVICE, Agent
+from client.agent import FAULT, HEALTH, LARGEST_FRAME, LARGEST_METADATA, MALFORMED, MOST_CALLS, SERVICE, Agent
 from client.config import TlsSection
 from common.adapted import AdaptedModel
 from common.errors import AdapterError, ConnectionFailed, LedgerError, WireError
@@ -302,7 +302,7 @@ def test_the_health_of_another_service_is_not_known(listen: str) -> None:
 def test_metadata_beyond_the_limit_is_refused(listen: str) -> None:
     site = Scripted()
     with serving(site, listen):
-        code, *_ = answer_to(listen, [b""], "Describe", metadata=[("x", "y" * 20_000)])
+        code, *_ = answer_to(listen, [b""], "Describe", metadata=[("x", "y" * LARGEST_METADATA)])
     assert code is grpc.StatusCode.RESOURCE_EXHAUSTED and site.asked == []
 
 
