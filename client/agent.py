@@ -38,6 +38,9 @@ MALFORMED = "the request is malformed"
 SERVICE = "consilium.site.v1.SiteAgent"
 HEALTH = "grpc.health.v1.Health"
 
+PR_SET_DUMPABLE = 4
+"""See prctl(2)."""
+
 LARGEST_FRAME = 4 << 20
 """Bytes of one gRPC message; a plan or a layout is far smaller, and tensors travel in chunks of 1 MiB."""
 LARGEST_METADATA = 4 << 10
@@ -191,10 +194,7 @@ def forbid_inspection() -> None:
     Call it before anything secret is read. Root still can, and where there is no ``prctl`` nothing changes.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
-
-
-_PR_SET_DUMPABLE = 4  # see prctl(2)
+        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def _credentials(tls: TlsSection) -> grpc.ServerCredentials:

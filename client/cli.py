@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import client.audit_cli
+from client import setup_cli
 from common.errors import ConfigError, LedgerError
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ app = typer.Typer(
     help="The site: serve the agent, check the data, decide about plans, read the ledger.", no_args_is_help=True
 )
 app.add_typer(client.audit_cli.app, name="audit-log")
+setup_cli.register(app)
 Config = Annotated[Path, typer.Option("--config", help="The site's own settings (site.toml).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Digest = Annotated[str, typer.Argument(help="The plan's digest, or its first characters.")]
@@ -47,13 +49,20 @@ def agent_command(config: Config = Path("site.toml")) -> None:
     from client.config import read_site_config
 
     settings = read_site_config(config)  # before what takes seconds to import
-    from client.agent import Agent
-    from client.assemble import build_site
+    from client.exposure import admit_relay
 
+    peers = admit_relay(settings, config)
+    from client.agent import Agent, forbid_inspection
+    from client.assemble import announce, build_site
+    from client.withdrawal_journal import refuse_interrupted
+
+    forbid_inspection()
     site, resident = build_site(settings)
     with site.ledger.serve_alone():
+        refuse_interrupted(settings)
         resident.warm_up()
-        agent = Agent(site, settings.site.listen, settings.tls)
+        announce(site, settings)
+        agent = Agent(site, settings.site.listen, settings.tls, peers)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: agent.ask_to_stop())
         agent.start()
@@ -91,6 +100,8 @@ def check_command(
             for fault in entry["first_faults"]:
                 print(f"  row {fault['row']}: {fault['field']} {fault['reason']}")
         print(f"what this site shows the coordinator: {json.dumps(report['shared'])}")
+        for remark in report["remarks"]:
+            print(f"remark: {remark}")
     if any(entry["faults"] for entry in report["data"].values()):
         raise typer.Exit(2)
 

@@ -142,7 +142,13 @@ class Doorman:
             return False
         passage = _Passage(caller, server, self._passages.discard)
         self._passages.add(passage)
-        passage.start()
+        try:
+            passage.start()
+        except RuntimeError:  # there can be no more threads
+            self._passages.discard(passage)
+            server.close()
+            self._log("cannot be served", user, process)
+            return False
         return True
 
     def _log(self, reason: str, user: int, process: int) -> None:
@@ -170,12 +176,14 @@ class _Passage(threading.Thread):
 
     def run(self) -> None:
         asking = threading.Thread(target=_copy, args=(self._caller, self._server), name="passage in", daemon=True)
-        with self._caller, self._server:
-            asking.start()
-            _copy(self._server, self._caller)
-            _end(self._caller)
-            asking.join()
-        self._left(self)
+        try:
+            with self._caller, self._server:
+                asking.start()
+                _copy(self._server, self._caller)
+                _end(self._caller)
+                asking.join()
+        finally:
+            self._left(self)
 
     def end(self) -> None:
         """Ends both connections; returns when they are closed."""

@@ -72,7 +72,11 @@ def admit_relay(config: SiteConfig, source: Path) -> frozenset[int] | None:
     Raises:
         ConfigError: the relay's user is missing or unknown, or could reach what the agent guards.
     """
-    config.site.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    state = config.site.state
+    try:
+        state.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"site.state = '{state}': cannot be made ({error.strerror}); give another path") from None
     unix = config.site.listen.startswith("unix:")
     if config.site.relay_user is None and not unix:
         return None

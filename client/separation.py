@@ -11,8 +11,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from client.atomic import put
 from client.config import SiteConfig
+from client.durable import put
 from common.config import SCHEMA_VERSION
 from common.errors import ConfigError
 from common.signing import SEPARATION, SigningKey, verify

@@ -30,8 +30,9 @@ import numpy as np
 from client.config import SiteConfig, SiteDataSection
 from client.durable import sync_folder
 from client.privacy.agent_lock import agent_lock
+from client.privacy.ledger import existing_ledger
 from client.record_files import Rows, copy_name, copy_without, count, ids_in, is_copy
-from client.withdrawal_journal import Journal, finish, is_open, journal_file, open_ledger, seen_now
+from client.withdrawal_journal import Journal, finish, is_open, journal_file, seen_now
 from common.data.read import SUFFIXES
 from common.data.units import units_of
 from common.errors import ConfigError, DataError, WireError, did_you_mean
@@ -204,7 +205,7 @@ def _learnt_from(data: SiteDataSection) -> Path | None:
 
 
 def _open_plans(config: SiteConfig, affected: tuple[str, ...]) -> tuple[str, ...]:
-    with open_ledger(config) as ledger:
+    with existing_ledger(config.site.state, config.site.counter) as ledger:
         plans = ledger.plans() if ledger else []
     return tuple(plan.digest for plan in plans if is_open(plan) and _data_of(plan.body) in (None, *affected))
 
@@ -268,7 +269,7 @@ def remarks(config: SiteConfig, request: Request, intent: Intent | None) -> list
 def _left_to_do(config: SiteConfig, affected: tuple[str, ...]) -> Iterator[str]:
     if journal_file(config).exists():
         yield "a withdrawal that was interrupted is finished first"
-    with open_ledger(config) as ledger:
+    with existing_ledger(config.site.state, config.site.counter) as ledger:
         declared = {entry.name: entry.public_size for entry in ledger.populations()} if ledger else {}
     for name in dict.fromkeys(config.data[data].population for data in affected):
         if config.populations[name].public_size == "exact" and name in declared:

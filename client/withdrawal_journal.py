@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from client.atomic import put
 from client.audit_log import AuditLog
 from client.config import SiteConfig
-from client.durable import sync_folder
-from client.privacy.ledger import Decision, Ledger
+from client.durable import put, sync_folder
+from client.privacy.ledger import Decision, existing_ledger
 from client.privacy.ledger_entries import PlanEntry
 from client.record_files import copy_name
 from common.config import SCHEMA_VERSION
@@ -86,7 +84,7 @@ def finish(config: SiteConfig) -> Journal | None:
     if journal is None:
         return None
     audit = AuditLog(config.site.state / "audit.jsonl")
-    with open_ledger(config) as ledger:
+    with existing_ledger(config.site.state, config.site.counter) as ledger:
         for digest in journal.plans:
             entry = ledger.plan(digest) if ledger else None
             if ledger and entry and is_open(entry):
@@ -116,16 +114,6 @@ def seen_now(file: Path) -> tuple[int, ...]:
 def is_open(plan: PlanEntry) -> bool:
     """Whether a plan waits or goes on."""
     return plan.decision in (Decision.WAITING, Decision.APPROVED)
-
-
-@contextmanager
-def open_ledger(config: SiteConfig) -> Iterator[Ledger | None]:
-    """The site's ledger; ``None``: the agent has never run here."""
-    if not (config.site.state / "ledger.sqlite").exists():
-        yield None
-        return
-    with closing(Ledger(config.site.state, counter=config.site.counter)) as ledger:
-        yield ledger
 
 
 def _replace(file: Path, seen: tuple[int, ...], journal: Journal) -> None:

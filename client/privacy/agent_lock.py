@@ -33,7 +33,7 @@ def agent_lock(path: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
             raise LedgerError(
-                f"ledger {path.parent}: another agent serves from it (process {holder}); stop that one first"
+                f"ledger {path.parent}: an agent or a withdrawal uses it (process {holder}); stop that one first"
             ) from None
         os.pwrite(descriptor, str(os.getpid()).ljust(32).encode(), 0)
         yield

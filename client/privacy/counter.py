@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from client import atomic
+from client import durable
 from common.errors import LedgerError
 
 LINE = re.compile(rb"consilium ledger (?P<ledger>[0-9a-f]{32}) sequence (?P<number>\d{20}) check [0-9a-f]{8}\n")
@@ -106,7 +106,7 @@ class Counter:
         try:
             if not self.path.exists():
                 self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-                atomic.put(self.path, count.line(), 0o600)
+                durable.put(self.path, count.line(), 0o600)
                 return
             with self._locked(os.O_RDWR, fcntl.LOCK_EX) as descriptor:  # whose owner it keeps
                 os.pwrite(descriptor, count.line(), 0)

@@ -269,6 +269,13 @@ class Ledger:
         self._forget(closed)
         return closed
 
+    def remember(self, name: str, value: str) -> str | None:
+        """Keeps a note about the site, and returns what stood there before."""
+        with self._file.writing() as db:
+            before = read_meta(db, f"note {name}")
+            write_meta(db, f"note {name}", value)
+        return before
+
     # ---- rounds -----------------------------------------------------------------------------------------------
 
     def release(self, plan: str, round: int, request_digest: str) -> StoredRelease | RefusalReason | None:

@@ -6,6 +6,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -44,7 +45,7 @@ REPOSITORY = Path(__file__).parents[2]
 PROGRAM = Path(__file__).with_name("preloaded.py")
 PATIENCE = 60.0
 SERVES = "serves at"
-KILLED = -9
+KILLED = -signal.SIGKILL
 NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
 WORDS = ("chest", "pain", "fever", "cough", "rash", "fall", "cut", "mild", "severe", "today")
@@ -107,7 +108,7 @@ class Parent:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for process in self._living:
-            os.kill(process, 9)
+            os.kill(process, signal.SIGKILL)
         self._orders.close()
         self._process.wait(timeout=PATIENCE)
 
@@ -127,11 +128,14 @@ class Parent:
     def rehearse(self, site: MortalSite) -> None:
         """Does a round in the process itself, so that no fork does for the first time what takes long."""
         question = shown(site.plan("rehearsal"))
-        assert self._ask({"rehearse": str(site.config), "plan": question.plan, "signature": question.signature})
+        self._ask({"rehearse": str(site.config), "plan": question.plan, "signature": question.signature})
 
     def _ask(self, order: Mapping[str, Any], descriptors: list[int] | None = None) -> int:
         socket.send_fds(self._orders, [json.dumps(order).encode()], descriptors or [])
-        return int(json.loads(self._orders.recv(1 << 16)))
+        answer = self._orders.recv(1 << 16)
+        if not answer:
+            raise RuntimeError("the process that has imported everything has ended; its last words are on stderr")
+        return int(json.loads(answer))
 
 
 @dataclass
@@ -192,9 +196,9 @@ class MortalSite:
         try:
             yield life
         except BaseException:
-            life.end(KILLED)
+            life.end(signal.SIGKILL)
             raise
-        assert life.end(15) == 0, life.log
+        assert life.end(signal.SIGTERM) == 0, life.log
         self.auditor.inspect(killed=False)
 
     def tell(self, question: DescribeRequest) -> SiteDescription:

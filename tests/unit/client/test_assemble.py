@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from site_files import site_tables, write_site
 from small_sites import LABELS, classifier, language_model, phase, plan_for, policy_for
 
 import client.assemble
-from client.assemble import build_site, declared_size, encode_each
+from client.assemble import announce, build_site, declared_size, encode_each
+from client.audit_log import verify
 from client.check import check_site
-from client.config import WHOLE_SITE, SiteConfig, read_site_config
+from client.config import WHOLE_SITE, SiteConfig, SiteDataSection, read_site_config
+from client.separation import sign_separation
 from common.adapted import AdaptedModel
 from common.config import LoraSection
 from common.data.read import read_rows
 from common.errors import ConfigError, ConsiliumError, DataError
+from common.signing import SigningKey
 from common.tasks.sequence_classification import SequenceClassification
 
 ROWS = [("mild cough", "routine"), ("chest pain", "urgent"), ("wound check", "review"), ("fever", "urgent")]
@@ -69,6 +73,61 @@ def test_the_sites_device_settings_reach_the_model(tiny_bert: Path, model: Adapt
         True,
     )
     assert site.resources.physical_batch == 4
+    site.ledger.close()
+
+
+def test_the_log_tells_of_each_start_and_of_bounds_that_were_changed(tiny_bert: Path, tmp_path: Path) -> None:
+    for bound in (10.0, 10.0, 12.0):
+        config = site_toml(tmp_path, tiny_bert, policy={**site_tables(tiny_bert)["policy"], "max_epsilon": bound})
+        site, _ = build_site(config)
+        announce(site, config)
+        site.ledger.close()
+    lines = [json.loads(line) for line in site.audit.path.read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["agent started", "agent started", "policy changed", "agent started"]
+    assert (lines[2]["setting"], lines[2]["before"], lines[2]["after"]) == ("policy.max_epsilon", "10.0", "12.0")
+    assert lines[0]["terms"] == lines[1]["terms"] != lines[3]["terms"]
+    assert verify(site.audit.path).intact and len(verify(site.audit.path).heads) == 1
+
+
+def test_a_site_that_lost_its_key_does_not_make_a_new_one(tiny_bert: Path, tmp_path: Path) -> None:
+    config = site_toml(tmp_path, tiny_bert)
+    site, _ = build_site(config)
+    site.ledger.close()
+    (config.site.state / "site.key").unlink()
+    with pytest.raises(ConfigError, match="is missing beside"):
+        build_site(config)
+
+
+def test_weights_that_nobody_reviewed_are_named_with_their_digest(tiny_bert: Path, tmp_path: Path) -> None:
+    tables = site_tables(tiny_bert)
+    digest = tables["policy"]["base_models"][0]
+    config = site_toml(tmp_path, tiny_bert, policy={**tables["policy"], "base_models": ["0" * 64]})
+    with pytest.raises(ConfigError, match=rf"policy\.base_models: does not list .* {digest}"):
+        build_site(config)
+
+
+def test_each_data_set_is_charged_to_its_own_population(tiny_bert: Path, model: AdaptedModel, tmp_path: Path) -> None:
+    officer = SigningKey.fresh()
+    populations = {
+        name: {"public_size": size, "lifetime_epsilon": 9.0} for name, size in (("adults", 40), ("children", 20))
+    }
+    data = {name: {"path": "train.csv", "population": name} for name in populations}
+    separation = {"statement": "separate.json", "key": officer.public}
+    config = site_toml(tmp_path, tiny_bert, populations=populations, separation=separation)
+    assert set(config.populations) == {"site", "adults", "children"}
+    config = config.model_copy(
+        update={
+            "data": {
+                name: SiteDataSection(**{**one, "path": str(tmp_path / "train.csv")}) for name, one in data.items()
+            }
+        }
+    )
+    with pytest.raises(ConfigError, match=r"separation\.statement"):
+        build_site(config)
+    sign_separation(config, officer)
+    site, _ = build_site(config)
+    sizes = {name: site.policy.population_of(plan_for(model, data=name)).public_size for name in populations}
+    assert sizes == {"adults": 40, "children": 20}
     site.ledger.close()
 
 

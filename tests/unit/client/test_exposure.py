@@ -270,6 +270,12 @@ def test_the_relays_user_is_welcome_when_nothing_is_exposed(place: Path) -> None
     assert (place / "state").stat().st_mode & 0o777 == 0o700  # made before anything is put there
 
 
+def test_a_state_folder_that_cannot_be_made_is_told(place: Path) -> None:
+    config = config_of(place, relay_user="61001", state=place / "rows.csv" / "state")
+    with pytest.raises(ConfigError, match=r"site\.state = '.*': cannot be made \(Not a directory\); give another path"):
+        admit_relay(config, file_at(place / "site.toml"))
+
+
 def test_site_toml_itself_is_guarded(place: Path) -> None:
     config = config_of(place, relay_user="61001")
     with pytest.raises(ConfigError, match=r"^site\.toml = .*can read or write"):
