@@ -1,24 +1,41 @@
 """Writes the README's outputs and figures: every block between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 
-    python benchmarks/readme.py [--demo-output FILE]
+    python benchmarks/readme.py [--demo-output FILE] [--only NAME ...]
 
 The outputs come from running the very commands; the demo (minutes) from a file with what ``make demo`` printed, kept as
-it is where none is given. Figures come from benchmarks/results/.
+it is where none is given. The officer's example is a site in a temporary folder: the demonstration's notes of one
+hospital, real commands, and between them what an agent does when a coordinator shows a plan and asks for three rounds.
+Figures come from benchmarks/results/.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from environment import RESULTS
+
+from client.assemble import announce, build_site
+from client.config import read_site_config
+from common.code import code_digest
+from common.config import RunConfig
+from common.messages import DescribeRequest, Release, SiteDescription, TrainRequest
+from common.plan import Plan, plan_of
+from common.signing import PLAN as PLAN_PURPOSE
+from common.signing import SigningKey
+from common.toml_settings import validate
+from server.prepare import initial_adapter, resident_model
+from simulations.demo import LABELS, write_demo_data
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -26,14 +43,19 @@ PLAN = "privacy plan --examples 1200 --batch 60 --rounds 10 --steps 4 --epsilon 
 MISTYPED = (
     '[task]\nname = "sequence-classification"\nlabels = ["urgent", "routine"]\n[privacy]\nepsilom = 3\nnoise = "safe"\n'
 )
+SITE = "north-quay"
+INIT = f"site init --name {SITE} --data notes.csv --public-size 400 --unit patient --privacy-unit patient_id"
+TIME = re.compile(r"\d{4}-\d\d-\d\dT[\d:]{8}\+00:00")
+ROUNDS = 3
+"""How many rounds of the example's plan the coordinator asks for."""
 
 
 def output(*arguments: str, cwd: Path | None = None) -> str:
     """What ``consilium`` prints, on either stream."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     command = [sys.executable, str(ROOT / "consilium.py"), *arguments]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
-    return (done.stdout + done.stderr).strip()
+    done = subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, env=environment)
+    return (done.stdout + done.stderr).strip("\n").rstrip()
 
 
 def shortened(text: str, head: int = 9, tail: int = 4) -> str:
@@ -104,22 +126,119 @@ def _dp_steps(cells: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def error() -> str:
+    """What is said of a file with two mistakes."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "mine.toml").write_text(MISTYPED, encoding="utf-8")
+        return output("simulate", "--config", "mine.toml", cwd=Path(folder))
+
+
+def officer() -> str:
+    """What a data-protection officer sees, from a new site to a patient who withdraws."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name).resolve()
+        said: list[str] = []
+
+        def told(command: str) -> None:
+            shown = output(*shlex.split(command), cwd=folder).replace(f"{folder}/", "")
+            said.append(f"$ consilium {command}\n{TIME.sub('TIME', shown)}\n")
+
+        _write_notes(folder)
+        told(INIT)
+        key = SigningKey.fresh()
+        _settle(folder / "site.toml", key)
+        said.append("# Both are filled in. Does the file fit the data, and what will the coordinator see?\n")
+        told(f'site check --labels "{",".join(LABELS)}"')
+        plan = _visit(folder, key, rounds=0).digest()
+        said.append("# The agent runs, and a coordinator has shown a plan.\n")
+        told("site pending")
+        told(f"site show {plan[:12]}")
+        told(f"site approve {plan[:12]}")
+        _visit(folder, key, ROUNDS)
+        said.append(f"# {ROUNDS} rounds later.\n")
+        told("site ledger")
+        head = output("site", "audit-log", "head", cwd=folder)
+        (folder / "kept.json").write_text(head + "\n", encoding="utf-8")
+        said.append("$ consilium site audit-log head > kept.json    # to be kept elsewhere\n")
+        told("site audit-log verify --head kept.json")
+        told("site audit-log show --last 2")
+        said.append("# A patient withdraws.\n")
+        told("site withdraw --data default --unit P0042 --dry-run")
+        return "\n".join(said).rstrip()
+
+
+def _write_notes(folder: Path) -> None:
+    """The notes of one hospital that does not exist; every third patient has one, the others have two."""
+    with (write_demo_data(folder / "demo") / "train.csv").open(encoding="utf-8", newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["hospital"] == SITE]
+    with (folder / "notes.csv").open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("patient_id", "text", "label"))
+        writer.writerows((f"P{2 * number // 3:04}", row["text"], row["label"]) for number, row in enumerate(rows))
+
+
+def _settle(site_toml: Path, key: SigningKey) -> None:
+    """What a person fills in. The relay's user is not looked at here, since no relay takes part."""
+    text = site_toml.read_text(encoding="utf-8")
+    for before, after in (
+        ("coordinator_keys = []", f'coordinator_keys = ["{key.public}"]'),
+        ("#relay_user =", "relay_user ="),
+    ):
+        assert before in text, before
+        text = text.replace(before, after)
+    site_toml.write_text(text, encoding="utf-8")
+
+
+def _visit(folder: Path, key: SigningKey, rounds: int) -> Plan:
+    """An agent starts, is shown the plan, serves so many rounds and ends."""
+    run = validate(
+        RunConfig,
+        {
+            "task": {"name": "sequence-classification", "labels": LABELS},
+            "lora": {"layers": 2},
+            "privacy": {"epsilon": 3.0, "unit": "patient"},
+        },
+        "the example",
+    )
+    model = resident_model(run)
+    plan = plan_of(run, "triage/2", model.base.digest, model.spec.digest(), code_digest())
+    config = read_site_config(folder / "site.toml")
+    site, _ = build_site(config)
+    with site.ledger.serve_alone():
+        announce(site, config)
+        signature = key.sign(PLAN_PURPOSE, plan.digest().encode())
+        stand = site.describe(DescribeRequest(plan.run_id, plan.canonical(), code_digest(), signature))
+        assert isinstance(stand, SiteDescription) and stand.refusal is None, stand
+        adapter = initial_adapter(run, model)
+        for number in range(1, rounds + 1):
+            reply = site.train(TrainRequest(plan.run_id, number, plan.digest(), adapter))
+            assert isinstance(reply, Release), reply
+            adapter = {**adapter, **{name: adapter[name] + change for name, change in reply.update.items()}}
+    site.ledger.close()
+    return plan
+
+
 def main() -> None:
     """Fills the blocks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo-output", type=Path)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these blocks alone")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "mine.toml").write_text(MISTYPED, encoding="utf-8")
-        error = output("simulate", "--config", "mine.toml", cwd=Path(folder))
-    blocks = {"plan": _fenced(output(*PLAN.split())), "error": _fenced(error), "measured": measured()}
-    blocks["audit"] = _fenced(output("privacy", "audit", "--config", "examples/medquad_qtype.toml", "--quick"))
+    blocks: dict[str, Callable[[], str]] = {
+        "plan": lambda: _fenced(output(*PLAN.split())),
+        "error": lambda: _fenced(error()),
+        "measured": measured,
+        "officer": lambda: _fenced(officer()),
+        "audit": lambda: _fenced(output("privacy", "audit", "--config", "examples/medquad_qtype.toml", "--quick")),
+    }
     if arguments.demo_output:
-        blocks["demo"] = _fenced(shortened(arguments.demo_output.read_text(encoding="utf-8")))
+        printed = arguments.demo_output.read_text(encoding="utf-8")
+        blocks["demo"] = lambda: _fenced(shortened(printed))
     text = README.read_text(encoding="utf-8")
-    for name, content in blocks.items():
-        pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
-        text = re.sub(pattern, lambda _, n=name, c=content: f"<!-- {n} -->\n{c}\n<!-- /{n} -->", text, flags=re.DOTALL)
+    for name in arguments.only or blocks:
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}{blocks[name]()}\n{end}{rest.partition(end)[2]}"
     README.write_text(text, encoding="utf-8")
 
 

@@ -58,7 +58,7 @@ class AuditLog:
         self._lock = threading.Lock()
         self._last = BEGINNING
         self._marks = [BEGINNING]
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if path.exists() or head_file(path).exists():
             with self._locked() as stream:
                 self._check_head(stream)

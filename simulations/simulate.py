@@ -218,8 +218,7 @@ def _arms(config: RunConfig, out: Path, sites: tuple[str, ...]) -> list[Arm]:
     if not config.simulation.compare:
         return arms
     if config.privacy.mechanism != "none":
-        free = config.model_copy(update={"privacy": config.privacy.model_copy(update={"mechanism": "none"})})
-        arms.append(Arm("federated without privacy", out / "arms" / "no-privacy", free, sites))
+        arms.append(Arm("federated without privacy", out / "arms" / "no-privacy", config.without_privacy(), sites))
     one = config.server.model_copy(update={"min_sites": 1, "min_replies": 1, "cohort": 1.0})
     alone = config.model_copy(update={"server": one})
     arms += [Arm(f"{site} alone", out / "arms" / f"alone-{site}", alone, (site,)) for site in sites]

@@ -5,13 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from mortal_sites import KILLED, MortalSite
 from site_books import Books, Tensors, payload_of
 
-from client.audit_log import verify
-from common.messages import PlanStatus, Release
+from common.messages import PlanStatus
 
 RUN, ROUNDS = "run", (1, 2, 3)
 FIRST, SECOND = "first", "second"

@@ -152,6 +152,15 @@ TRAIN = {
 }
 POINTS = {**FIRST_START, **DESCRIBE, **TRAIN}
 """Of the agent: what is the case at the place → the place."""
+CHANGED_POLICY = {
+    "another policy is remembered, the audit log does not know": KillPoint(
+        AuditLog, "append", chosen=line("policy changed")
+    ),
+    "the audit log knows of another policy, the agent does not serve": KillPoint(
+        AuditLog, "append", chosen=line("agent started")
+    ),
+}
+"""Of an agent that starts with another policy than the last."""
 RELAY = {
     "half of the request is sent": FrameCut(common.rpc, "train_request_frames"),
     "all of the request is sent": FrameCut(common.rpc, "train_request_frames", frames=1 << 30),

@@ -11,18 +11,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grpc
 
 # The test folders are no packages; last, so that nothing is hidden by a module beside this file.
-TESTS = Path(__file__).parents[1]
-sys.path += [str(TESTS), str(TESTS / "privacy")]
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "privacy"))
 
 from site_books import Auditor, Books
 from site_files import site_tables, write_site
@@ -50,6 +50,7 @@ NAMESPACE = ("unshare", "--user", "--map-root-user", "--mount")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1"}
 WORDS = ("chest", "pain", "fever", "cough", "rash", "fall", "cut", "mild", "severe", "today")
 PUBLIC_SIZE = 40
+Answer = TypeVar("Answer")
 
 
 class Life:
@@ -73,17 +74,32 @@ class Life:
             self.log += said.decode()
         return True
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process has not ended yet, as far as its output tells."""
+        while self.code is None and select.select([self._output], [], [], 0)[0]:
+            said = os.read(self._output, 1 << 16).decode()
+            self.log += said
+            if not said:
+                self.end()
+        return self.code is None
+
     def end(self, how: int | None = None, seconds: float = PATIENCE) -> int:
         """Sends a signal, if one is given, and waits for the end; returns the exit code."""
         if self.code is None:
             if how is not None:
-                os.kill(self.process, how)
+                self.strike(how)
             deadline = time.monotonic() + seconds
             while said := self._read_on(deadline):
                 self.log += said
             self.code = self._parent.wait(self.process)
             os.close(self._output)
         return self.code
+
+    def strike(self, how: int) -> None:
+        """Sends a signal, if the process is still there."""
+        with suppress(ProcessLookupError):
+            os.kill(self.process, how)
 
     def _read_on(self, deadline: float) -> str:
         if not select.select([self._output], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -216,15 +232,22 @@ class MortalSite:
 
     def describe(self, plan: Plan, witness: str = "") -> SiteDescription | None:
         """Shows a plan; ``None``: no answer, since the agent died or met a fault."""
-        with _faults():
-            return self.tell(shown(plan, code_digest(), witness=witness))
-        return None
+        return self.try_to(lambda: self.tell(shown(plan, code_digest(), witness=witness)))
 
     def train(self, plan: Plan, round: int = 1) -> TrainReply | None:
         """Asks for a round; ``None``: no answer, since the agent died or met a fault."""
-        with _faults():
-            return self.ask(request_for(plan, self.adapter, round))
-        return None
+        return self.try_to(lambda: self.ask(request_for(plan, self.adapter, round)))
+
+    def try_to(self, call: Callable[[], Answer]) -> Answer | None:
+        """The answer to a call; ``None``: there was none, and the agent told nobody why."""
+        try:
+            return call()
+        except ConnectionFailed:
+            return None
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, FAULT)
+            return None
 
     def release(self, plan: Plan, round: int = 1) -> Release:
         """The release of a round."""
@@ -240,20 +263,8 @@ class MortalSite:
         return RemoteSite(AgentAddress(self.listen), timeout=self.patience)
 
 
-@contextmanager
-def _faults() -> Iterator[None]:
-    """Goes on where a call had no answer, and the agent told nobody why."""
-    try:
-        yield
-    except ConnectionFailed:
-        pass
-    except grpc.RpcError as error:
-        if error.code() is not grpc.StatusCode.UNAVAILABLE:
-            assert (error.code(), error.details()) == (grpc.StatusCode.INTERNAL, FAULT)
-
-
 def write_model(folder: Path) -> Path:
-    """A BERT of two layers and hidden size 32 with random weights."""
+    """A BERT of three layers and hidden size 32 with random weights; below the top two, activations are kept."""
     import torch
 
     vocabulary = {word: index for index, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS))}
@@ -261,7 +272,7 @@ def write_model(folder: Path) -> Path:
     tokenizer.pre_tokenizer = Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]")
     fast.save_pretrained(folder)
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=64, **shape)).save_pretrained(folder)
@@ -299,4 +310,6 @@ def disk(folder: Path, *mounts: str) -> Iterator[tuple[int, Path]]:
 
 def can_mount() -> bool:
     """Whether this system lets a test mount a disk."""
-    return shutil.which("unshare") is not None and not subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode
+    return (
+        shutil.which("unshare") is not None and not subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode
+    )

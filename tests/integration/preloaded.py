@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import traceback
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from kill_points import PERSON, POINTS, RELAY
+from kill_points import CHANGED_POLICY, PERSON, POINTS, RELAY
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -101,7 +102,7 @@ def _live(
         if days:
             _set_clock(timedelta(days=days))
         if point is not None:
-            {**POINTS, **RELAY, **PERSON}[point].arm(nth=nth)
+            {**POINTS, **CHANGED_POLICY, **RELAY, **PERSON}[point].arm(nth=nth)
         if run[0] == "relay":
             _relay(*run[1:])
             code = 0
@@ -112,6 +113,7 @@ def _live(
         code = ended.code
     except BaseException:
         traceback.print_exc()
+    threading._shutdown()  # type: ignore[attr-defined]  # as an interpreter that ends: calls that run are finished
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(int(code or 0))

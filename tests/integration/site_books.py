@@ -33,12 +33,14 @@ class Books:
 
     Attributes:
         plans: run id → decision.
+        decided: run ids of the plans that were approved, or refused by a person or for want of budget.
         reserved: (run id, phase) → (q, σ, steps).
         charged: round → (digest of the request, phase, steps, whether it is released).
         stored: round → the bytes that left, and the head that went along.
     """
 
     plans: dict[str, str]
+    decided: set[str]
     reserved: dict[tuple[str, str], tuple[float, float, int]]
     charged: dict[Round, tuple[str, str, int, bool]]
     stored: dict[Round, tuple[bytes, str]]
@@ -63,13 +65,14 @@ def read_books(state: Path, counter: Path) -> Books:
                 shutil.copy(file, scratch)
         with closing(sqlite3.connect(Path(scratch, "ledger.sqlite"))) as db:
             if not db.execute("SELECT 1 FROM sqlite_master WHERE name='meta'").fetchone():
-                return Books({}, {}, {}, {}, {}, 0.0, 1e-5, 0, 0, _trail(state))
+                return Books({}, set(), {}, {}, {}, {}, 0.0, 1e-5, 0, 0, _trail(state))
             runs = dict(db.execute("SELECT digest, run_id FROM plans"))
             sequence = db.execute("SELECT value FROM meta WHERE key='sequence'").fetchone()
-            limit, delta = db.execute("SELECT lifetime_epsilon, lifetime_delta FROM populations").fetchone() or (0, 1e-5)
+            declared = db.execute("SELECT lifetime_epsilon, lifetime_delta FROM populations").fetchone()
             count = Counter(counter).read()
             return Books(
                 plans={runs[digest]: status for digest, status in db.execute("SELECT digest, status FROM plans")},
+                decided={run for (run,) in db.execute("SELECT run_id FROM plans WHERE decided_at IS NOT NULL")},
                 reserved={
                     (runs[plan], phase): rest
                     for plan, phase, *rest in db.execute(
@@ -91,8 +94,8 @@ def read_books(state: Path, counter: Path) -> Books:
                     for file in (state / "secrets").glob("*-*")
                     for plan, _, round in [file.name.rpartition("-")]
                 },
-                limit=limit,
-                delta=delta,
+                limit=declared[0] if declared else 0.0,
+                delta=declared[1] if declared else 1e-5,
                 sequence=int(sequence[0]),
                 counted=count.number if count else 0,
                 trail=_trail(state),
@@ -202,6 +205,22 @@ class Auditor:
             assert len(digests) == 1, f"the audit log tells of several releases of {round}"
         for round, (payload, _) in books.stored.items():
             assert lines[round] == {hashlib.sha256(payload).hexdigest()}, "the audit log tells of another release"
+
+
+def tells_all(books: Books) -> None:
+    """The audit log knows of every plan and every decision in the ledger, once an agent has started after a kill.
+
+    Raises:
+        AssertionError: it does not.
+    """
+    shown = {entry.details["run"]: entry.details["plan"] for entry in books.trail if entry.event == "plan received"}
+    assert shown.keys() == books.plans.keys(), "the audit log does not know every plan"
+    decided = {entry.details["plan"] for entry in books.trail if entry.event == "plan decided"}
+    closed = {entry.details["plan"] for entry in books.trail if entry.event == "plan closed"}
+    for run in books.decided:
+        assert shown[run] in decided, f"the audit log does not know what was decided about {run}"
+    for run, decision in books.plans.items():
+        assert decision != "closed" or shown[run] in closed, f"the audit log does not know that {run} was closed"
 
 
 Tensors = tuple[dict[str, bytes], dict[str, float]]

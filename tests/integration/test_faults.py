@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from comebacks import FIRST, RUN, SECOND, Foreseen, come_back, foresee, newest_head
-from kill_points import PERSON, POINTS, RELAY
-from mortal_sites import KILLED, MortalSite, Parent, can_mount, disk, network_of, write_model
+from kill_points import CHANGED_POLICY, PERSON, POINTS, RELAY
+from mortal_sites import KILLED, Life, MortalSite, Parent, can_mount, disk, network_of, write_model
 from safetensors.numpy import save_file
-from site_books import payload_of, read_books
+from site_books import Auditor, payload_of, tells_all
 from site_files import COORDINATOR
 from small_sites import request_for, shown
 
@@ -87,7 +87,20 @@ def test_killed_again_and_again_in_one_round_a_site_still_releases_the_same_once
     assert site.auditor.books is not None and site.auditor.books.sequence == 3
 
 
-@pytest.mark.parametrize("decision", ["approve", "reject"])
+@pytest.mark.parametrize("point", CHANGED_POLICY)
+def test_a_changed_policy_is_told_though_the_agent_was_killed(point: str, site: MortalSite) -> None:
+    with site.serving():
+        pass
+    site.config.write_text(site.config.read_text().replace("max_epsilon = 10.0", "max_epsilon = 9.0"))
+    assert site.agent(point=point).end() == KILLED
+    for _ in range(2):
+        with site.serving():
+            pass
+    told = {str(entry.details) for entry in site.books(killed=False).trail if entry.event == "policy changed"}
+    assert told == {"{'after': '9.0', 'before': '10.0', 'setting': 'policy.max_epsilon'}"}
+
+
+@pytest.mark.parametrize("decision", ["approve", "reject", "close"])
 @pytest.mark.parametrize("point", PERSON)
 def test_a_decision_of_a_person_holds_though_the_command_was_killed(
     point: str, decision: str, new_site: NewSite
@@ -101,19 +114,11 @@ def test_a_decision_of_a_person_holds_though_the_command_was_killed(
         assert site.command(decision, plan.digest(), point=point).end() == KILLED
         reply = site.train(plan)
         assert isinstance(reply, Release if decision == "approve" else Refusal)
+        assert site.command("approve", plan.digest()).end() == 2  # it was decided
         site.describe(site.plan("other"))
     with site.serving():
         pass
-    _tells_all(site)
-
-
-def _tells_all(site: MortalSite) -> None:
-    """Whatever the ledger holds stands in the audit log too."""
-    books = site.books(killed=False)
-    received = {entry.details["run"]: entry.details["plan"] for entry in books.trail if entry.event == "plan received"}
-    decided = {entry.details["plan"] for entry in books.trail if entry.event == "plan decided"}
-    assert received.keys() == books.plans.keys()
-    assert decided == {received[run] for run, decision in books.plans.items() if decision != "waiting"}
+    tells_all(site.books(killed=False))
 
 
 # ------------------------------------------------------------------------------------------------------- killed relays
@@ -148,9 +153,13 @@ def test_on_a_disk_with_ever_more_space_a_round_is_served_once_and_without_a_res
 ) -> None:
     site.state.mkdir(mode=0o700)
     with disk(site.state, 'mount -t tmpfs -o size=1m,mode=700 tmpfs "$at"') as (holder, root):
-        state = root / site.state.relative_to("/")
-        life = site.agent(entropy=FIRST, disk=holder)
-        site.auditor.state = state
+        site.auditor.state = state = root / site.state.relative_to("/")
+        for free in range(0, 1 << 20, 1 << 14):
+            _fill(state, free)
+            life = site.agent(entropy=FIRST, disk=holder)
+            if life.code is None:
+                break
+            _said(life)
         faults = 0
         for free in range(0, 1 << 20, 4096):
             _fill(state, free)
@@ -189,7 +198,10 @@ def test_a_read_only_state_stops_the_agent_with_one_line_until_it_can_be_written
 
 def _refusal(site: MortalSite, **mortality: Any) -> str:
     """The one line with which an agent says why it does not start."""
-    life = site.agent(**mortality)
+    return _said(site.agent(**mortality))
+
+
+def _said(life: Life) -> str:
     assert life.code == 2, life.log
     (said,) = [line for line in life.log.splitlines() if "site.trust_relay" not in line]
     assert said.startswith("error: ")
@@ -243,6 +255,20 @@ def test_what_is_damaged_stops_the_agent_with_one_line_and_once_mended_it_goes_o
     with site.serving():
         assert payload_of(site.release(plan)) == payload_of(first)
         site.release(plan, 2)
+
+
+def test_damaged_activations_change_no_release(site: MortalSite, plan: Plan, foreseen: Foreseen) -> None:
+    with site.serving(entropy=FIRST):
+        site.describe(plan)
+        site.release(plan)
+    kept = [file for file in (site.state / "cache").rglob("*") if file.is_file()]
+    assert kept
+    for at in (0, 4096):
+        for file in kept:
+            _flip(file, at)
+        with site.serving(entropy=FIRST):
+            site.release(plan, 2)
+    assert all(payload_of(site.auditor.received[RUN, round]) == foreseen[FIRST, round] for round in (1, 2))
 
 
 @pytest.mark.parametrize("at", [0, 32, 4096])
@@ -458,9 +484,10 @@ def test_a_whole_machine_that_was_put_back_is_not_told_without_a_head(
 
 @contextmanager
 def _serving_a_copy(site: MortalSite, **mortality: Any) -> Iterator[None]:
-    """An agent on an older copy: what was received before is not in its books."""
+    """An agent on an older copy, whose books do not hold what was received before."""
     auditor = site.auditor
-    site.auditor = type(auditor)(auditor.state, auditor.counter)
-    with site.serving(**mortality):
-        yield
+    site.auditor = Auditor(auditor.state, auditor.counter)
+    life = site.agent(**mortality)
+    yield
+    assert life.end(signal.SIGTERM) == 0, life.log
     site.auditor = auditor

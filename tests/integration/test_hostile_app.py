@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,33 +31,12 @@ from common.signing import PLAN
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes of other users")
 
+PROGRAM = Path(sys.executable).with_name("consilium")
 HOSTILE = Path(__file__).with_name("hostile_app.py")
 RELAY, STRANGER = 61001, 65534
 CANARY = "canary-4cf1"
 DENIED = {"EACCES", "EPERM"}
 DESCRIBE, TRAIN, CHECK = f"/{SERVICE}/Describe", f"/{SERVICE}/Train", f"/{HEALTH}/Check"
-
-AGENT = """
-import signal, sys
-from pathlib import Path
-from client.agent import Agent, forbid_inspection
-forbid_inspection()
-from client.assemble import build_site
-from client.config import read_site_config
-from client.exposure import admit_relay
-source = Path(sys.argv[1])
-settings = read_site_config(source)
-peers = admit_relay(settings, source)
-site, resident = build_site(settings)
-resident.warm_up()
-agent = Agent(site, settings.site.listen, settings.tls, peers)
-signal.signal(signal.SIGTERM, lambda *_: agent.ask_to_stop())
-agent.start()
-print("serves", flush=True)
-agent.wait()
-agent.stop()
-site.ledger.close()
-"""
 
 
 @dataclass(frozen=True)
@@ -79,7 +59,7 @@ class Besieged:
             input=json.dumps(told).encode(),
             capture_output=True,
             check=True,
-            timeout=60,
+            timeout=120,
             cwd="/",
         )
         answer = json.loads(done.stdout)
@@ -110,25 +90,29 @@ def besieged() -> Iterator[Besieged]:
             data={"default": {"path": f"{CANARY}.csv", "columns": {"text": "text"}}, CANARY: {"path": f"{CANARY}.csv"}},
         )
         source = write_site(folder, tables)
+        (folder / "agent.log").touch()
         os.umask(old)
         with (folder / "agent.log").open("wb") as log:
             process = psutil.Popen(
-                [sys.executable, "-c", AGENT, str(source)],
-                cwd=Path(__file__).parents[2],
+                [PROGRAM, "site", "agent", "--config", source],
                 env={**os.environ, "OMP_NUM_THREADS": "1", "SECRET": CANARY},
-                stdout=subprocess.PIPE,
+                stdout=log,
                 stderr=log,
             )
-        (folder / "agent.log").chmod(0o600)
         try:
-            assert process.stdout.readline() == b"serves\n", (folder / "agent.log").read_text()
+            while "serves at" not in (told := (folder / "agent.log").read_text()):
+                assert process.poll() is None, told
+                time.sleep(0.05)
             made = Besieged(folder, process, digest_of(model))
             made.attacked_by(RELAY, calls=[["a plan", DESCRIBE, signed(made, "run", "default")[1]]])
             yield made
         finally:
             process.terminate()
-            process.wait(20)
-            process.stdout.close()
+            try:
+                process.wait(60)
+            except psutil.TimeoutExpired:
+                process.kill()
+                raise
 
 
 def asked(content: Any) -> list[str]:

@@ -18,8 +18,8 @@ from common.plan import Plan
 from common.privacy.accounting import Segment
 
 PHASES = {
-    "the default recipe": DEFAULT_PHASES["sequence-classification"],
-    "the default recipe of a language model": DEFAULT_PHASES["causal-lm"],
+    "the default recipe": DEFAULT_PHASES["sequence-classification", "dp-sgd"],
+    "the default recipe of a language model": DEFAULT_PHASES["causal-lm", "dp-sgd"],
     "one phase of expected batches": (phase("only", rounds=10, steps=2, sample_rate=None, batch_size=16),),
     "three unequal phases": (
         phase("head", rounds=5, steps=1, sample_rate=1.0, budget_share=0.2),

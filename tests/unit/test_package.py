@@ -1,7 +1,8 @@
-"""What is shipped: the wheel, the bundle, the examples and the README's commands."""
+"""What is shipped: the wheel, the bundle, the examples, the README's commands and the tests that PRIVACY.md names."""
 
 from __future__ import annotations
 
+import ast
 import csv
 import itertools
 import re
@@ -130,10 +131,11 @@ def test_an_example_is_about_25_lines() -> None:
 
 
 def readme_commands() -> list[str]:
-    """Every line of the README's shell blocks that calls consilium or make."""
+    """Every line of the README's shell blocks and transcripts that calls consilium or make."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL)
     lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"^\$ (consilium .*)$", text, flags=re.MULTILINE)
     return [line for line in lines if line.startswith(("consilium ", "make "))]
 
 
@@ -146,10 +148,51 @@ def test_the_readme_names_only_commands_options_and_make_targets_that_exist() ->
         if words[0] == "make":
             assert set(words[1:]) <= targets, command
             continue
-        names = list(itertools.takewhile(lambda word: not word.startswith("-"), words[1:]))[:2]
+        names = tuple(itertools.takewhile(lambda word: not word.startswith("-"), words[1:]))
         options = {word for word in words if word.startswith("--")}
-        known = help_of(tuple(names)) or help_of(tuple(names[:1]))
+        known = help_of(names[:3]) or help_of(names[:2]) or help_of(names[:1])
         assert known and options <= known, command
+
+
+def defined_in(path: str) -> set[str]:
+    """The tests that a file defines; none if there is no such file."""
+    if not (ROOT / path).is_file():
+        return set()
+    body = ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8")))
+    return {node.name for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+def missing_tests(text: str) -> list[str]:
+    """Every `file`, `file::test_name` or `::test_name` (the file named before) of a document that does not exist."""
+    missing, path, known = [], "", set[str]()
+    for file, name in re.findall(r"`((?:\w+/)*test_\w+\.py)?(?:::(test_\w+))?`", text):
+        if file:
+            path, known = file, defined_in(file)
+            missing += [] if known else [file]
+        if name and name not in known:
+            missing.append(f"{path}::{name}")
+    return missing
+
+
+def test_every_test_that_the_documents_name_exists() -> None:
+    documents = {path.name: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("*.md"))}
+    assert len(re.findall(r"::test_\w+`", documents["PRIVACY.md"])) >= 100
+    assert {name: missing for name, text in documents.items() if (missing := missing_tests(text))} == {}
+
+
+def test_a_test_that_does_not_exist_would_be_found() -> None:
+    here = "tests/unit/test_package.py"
+    real = "test_an_example_is_about_25_lines"
+    assert missing_tests(f"`{here}::{real}`, `::{real}`, `{here}`") == []
+    assert missing_tests(f"`{here}::{real}`, `::test_gone`") == [f"{here}::test_gone"]
+    assert missing_tests("`tests/test_gone.py::test_a`") == ["tests/test_gone.py", "tests/test_gone.py::test_a"]
+
+
+def test_every_promise_names_a_test() -> None:
+    text = (ROOT / "PRIVACY.md").read_text(encoding="utf-8")
+    rows = text.partition("| promise | test |\n|---|---|\n")[2].partition("\n\n")[0].splitlines()
+    assert len(rows) >= 50
+    assert [row for row in rows if "`tests/" not in row] == []
 
 
 def help_of(names: tuple[str, ...]) -> set[str] | None:

@@ -366,6 +366,7 @@ def test_a_request_that_does_not_end_in_time_is_ended(
         code, details, metadata = answer_to(listen, trickle(stop, first), method, service)
         stop.set()
         assert (code, metadata) == (grpc.StatusCode.CANCELLED, ()) and details in ("", "CANCELLED", "Cancelled")
+        monkeypatch.undo()
         with RemoteSite(AgentAddress(listen)) as remote:
             assert isinstance(remote.train(TrainRequest("next", 1, "plan", {})), Release)
     assert [request.run_id for request in site.asked] == ["next"]
@@ -406,10 +407,14 @@ def test_a_caller_that_does_not_take_its_reply_is_ended_and_the_next_is_served(
     listen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("client.agent.TRANSFER_SECONDS", 0.5)
-    large = TrainRequest("large", 1, "plan", {"a": np.zeros(8 << 20, np.float32)})
-    with serving(Scripted(), listen), grpc.insecure_channel(listen) as channel:
-        replies = site_pb2_grpc.SiteAgentStub(channel).Train(train_request_frames(large), timeout=20)
+    large = Release("north", "run", 1, "digest", {"a": np.zeros(8 << 20, np.float32)})
+    site = Scripted(reply=large)
+    with serving(site, listen), grpc.insecure_channel(listen) as channel:
+        request = TrainRequest("run", 1, "plan", {})
+        replies = site_pb2_grpc.SiteAgentStub(channel).Train(train_request_frames(request), timeout=20)
         next(replies)
+        monkeypatch.undo()  # for those that come after
+        site.reply = None
         with RemoteSite(AgentAddress(listen)) as other:
             assert isinstance(other.train(TrainRequest("next", 1, "plan", {})), Release)
         with pytest.raises(grpc.RpcError) as caught:

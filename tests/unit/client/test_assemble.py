@@ -111,17 +111,12 @@ def test_each_data_set_is_charged_to_its_own_population(tiny_bert: Path, model: 
     populations = {
         name: {"public_size": size, "lifetime_epsilon": 9.0} for name, size in (("adults", 40), ("children", 20))
     }
-    data = {name: {"path": "train.csv", "population": name} for name in populations}
     separation = {"statement": "separate.json", "key": officer.public}
     config = site_toml(tmp_path, tiny_bert, populations=populations, separation=separation)
     assert set(config.populations) == {"site", "adults", "children"}
-    config = config.model_copy(
-        update={
-            "data": {
-                name: SiteDataSection(**{**one, "path": str(tmp_path / "train.csv")}) for name, one in data.items()
-            }
-        }
-    )
+    file = str(tmp_path / "train.csv")
+    apart = {name: SiteDataSection(path=file, population=name) for name in ("adults", "children")}
+    config = config.model_copy(update={"data": apart})
     with pytest.raises(ConfigError, match=r"separation\.statement"):
         build_site(config)
     sign_separation(config, officer)
@@ -129,6 +124,10 @@ def test_each_data_set_is_charged_to_its_own_population(tiny_bert: Path, model: 
     sizes = {name: site.policy.population_of(plan_for(model, data=name)).public_size for name in populations}
     assert sizes == {"adults": 40, "children": 20}
     site.ledger.close()
+    alone = {"site": config.populations["site"]}
+    renamed = config.model_copy(update={"populations": alone, "data": {}, "separation": None})
+    with pytest.raises(ConfigError, match=r"populations\.adults: is in the ledger and no longer declared"):
+        build_site(renamed)
 
 
 def test_fixed_keys_come_from_a_testing_section_alone(tiny_bert: Path, tmp_path: Path) -> None:

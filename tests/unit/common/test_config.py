@@ -36,7 +36,12 @@ def test_the_smallest_file_takes_the_defaults() -> None:
     config = run()
     assert config.model.name == "minilm"
     assert (config.privacy.mechanism, config.privacy.epsilon) == ("dp-sgd", 8.0)
-    assert config.phases == DEFAULT_PHASES["sequence-classification"]
+    assert config.phases == DEFAULT_PHASES["sequence-classification", "dp-sgd"]
+    assert config.without_privacy().phases == DEFAULT_PHASES["sequence-classification", "none"]
+    written = config.model_copy(update={"phase": config.phases[:1]})
+    assert written.without_privacy().phases == config.phases[:1]
+    resolved = config.model_copy(update={"phase": config.phases})  # as run.toml holds them when a run is resumed
+    assert resolved.without_privacy() == config.without_privacy()
 
 
 def test_all_problems_of_a_file_are_told_at_once_each_with_the_nearest_known_name() -> None:
