@@ -167,6 +167,7 @@ def approve_command(digest: Digest, config: Config = Path("site.toml"), as_json:
     audit = _audit(config)  # a broken trail stops here, before anything is decided
     with _ledger(config) as ledger:
         ledger, entry = _one_plan(ledger, digest)
+        _refuse_forbidden(config, entry)
         decision = ledger.approve(entry.digest)
         audit.append("plan decided", plan=entry.digest, decision=decision, by="person")
         balance = ledger.balance(entry.population)
@@ -315,6 +316,20 @@ def _one_plan(ledger: Ledger | None, prefix: str) -> tuple[Ledger, PlanEntry]:
     if len(prefix) < SHORTEST_DIGEST:
         raise ConfigError(f"DIGEST = '{prefix}': is too short; give at least {SHORTEST_DIGEST} characters")
     return ledger, found[0]
+
+
+def _refuse_forbidden(config: Path, entry: PlanEntry) -> None:
+    """The policy may have become stricter since the plan came."""
+    from client.assemble import policy_of
+    from common.plan import read_plan
+
+    policy = policy_of(_settings(config))
+    refusal = policy.refusal(read_plan(entry.body))
+    if refusal or (entry.statement and policy.too_quiet(entry.statement)):
+        raise ConfigError(
+            f"plan {entry.digest[:12]}: site.toml does not allow it any more ({refusal or 'policy'}); reject it, or "
+            "widen the bounds that it exceeds"
+        )
 
 
 def _reason(why: str) -> str:

@@ -113,8 +113,13 @@ def named(end: str) -> Callable[..., bool]:
     return lambda part, whole: Path(whole).name == end
 
 
+def opened(start: str) -> Callable[..., bool]:
+    """Calls of ``os.open`` for a file whose name begins so."""
+    return lambda path, *rest, **named: Path(os.fsdecode(path)).name.startswith(start)
+
+
 FIRST_START = {
-    "the site's key is made, but still empty": KillPoint(os, "fdopen"),
+    "the site's key is made, but still empty": KillPoint(os, "open", after=True, chosen=opened("site.key")),
     "the ledger's tables are made, but not committed": KillPoint(client.privacy.ledger_file, "migrate", after=True),
     "the ledger is made, its counter is not": KillPoint(Counter, "put"),
     "the counter is written, but not in place": KillPoint(os, "replace", chosen=named("consilium.counter")),

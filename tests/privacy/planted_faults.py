@@ -11,7 +11,7 @@ import hashlib
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -25,7 +25,8 @@ import client.site
 import client.trainer as trainer
 import common.examples as examples
 from client import egress
-from client.privacy.ledger import Ledger, Population
+from client.policy import Policy
+from client.privacy.ledger import Ledger
 from client.privacy.mechanism import DPSGD
 from client.privacy.sampling import RoundSecret
 from client.site import Site
@@ -353,14 +354,13 @@ def one_step_more(original: Callable[..., Any]) -> Callable[..., Any]:
 def fresh_budget_after_reshuffling(original: Callable[..., Any]) -> Callable[..., Any]:
     """The population is told by a digest of the rows in their order."""
 
-    def receive(self: Any, plan: Any, digest: str) -> None:
+    def receive(self: Any, plan: Any, digest: str, signature: str) -> None:
         rows = self._examples(plan, self.resources.model(plan)).encoded
         name = hashlib.sha256(b"".join(item.ids.tobytes() for item in rows if item is not None)).hexdigest()
-        section = self.policy.section
-        limits = (section.unit, self.policy.public_size, section.lifetime_epsilon, section.lifetime_delta)
-        self.ledger.declare(Population(name, *limits))
-        with patch.object(client.site, "WHOLE_SITE", name):
-            original(self, plan, digest)
+        fresh = replace(self.policy.population_of(plan), name=name)
+        self.ledger.declare(fresh)
+        with patch.object(Policy, "population_of", lambda policy, plan: fresh):
+            original(self, plan, digest, signature)
 
     return receive
 

@@ -6,11 +6,13 @@ import csv
 import json
 import os
 import shutil
+import tomllib
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from click.testing import Result
 from site_files import COORDINATOR, site_tables, write_site
 from small_sites import CODE, encoded, phase, plan_for, policy_for, random_state, request_for, shown, site_for
@@ -19,7 +21,7 @@ from typer.testing import CliRunner
 from client.audit_log import AuditLog
 from client.cli import app
 from client.ledger_report import print_table
-from client.privacy.ledger import Ledger
+from client.privacy.ledger import Decision, Ledger
 from client.site import Site
 from common.adapted import AdaptedModel
 from common.errors import ConfigError, LedgerError
@@ -350,6 +352,15 @@ def test_a_clock_that_was_set_back_is_spoken_of(config: Path, site: Site, monkey
         db.execute("UPDATE meta SET value='2999-01-01T00:00:00+00:00' WHERE key='clock'")
     assert "days, " in run(config, "ledger").stderr and "ahead of the system's" in run(config, "pending").stderr
     assert as_json(config, "ledger")["clock_ahead_seconds"] > 1e9
+
+
+def test_a_plan_that_the_policy_does_not_allow_any_more_is_not_approved(config: Path, plan: Plan, site: Site) -> None:
+    stricter = tomllib.loads(config.read_text())
+    stricter["policy"]["max_epsilon"] = 0.5
+    config.write_text(tomli_w.dumps(stricter))
+    error = run(config, "approve", plan.digest()[:12]).exception
+    assert isinstance(error, ConfigError) and "does not allow it any more (policy)" in str(error)
+    assert site.ledger.plan(plan.digest()).decision is Decision.WAITING  # type: ignore[union-attr]
 
 
 def test_a_second_agent_does_not_start(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
