@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help setup demo test test-slow check format protos clean
+.PHONY: help setup demo test test-slow soak check format protos clean
 .DEFAULT_GOAL := help
 
 help:  ## show this help
@@ -26,6 +26,9 @@ test: setup  ## every test that has to pass, offline
 
 test-slow: setup  ## the tests that take longer
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --durations=15
+
+soak: setup  ## kill sites 200 times at random (SEED=0), in a few minutes
+	HF_HUB_OFFLINE=1 $(BIN)/python tests/reliability/soak.py --kills $(or $(KILLS),200) --seed $(or $(SEED),0)
 
 check: setup  ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

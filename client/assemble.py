@@ -8,11 +8,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from client.audit_chain import LONGEST_TEXT
 from client.audit_log import AuditLog
 from client.config import SiteConfig, SiteDataSection
 from client.policy import Policy
@@ -189,37 +187,6 @@ def refuse_forgotten(config: SiteConfig, ledger: Ledger) -> None:
                 f"populations.{population.name}: is in the ledger and no longer declared; declare it again (a "
                 "population keeps its name and its budget for ever)"
             )
-
-
-def announce(site: Site, config: SiteConfig) -> None:
-    """Puts the start of an agent, and what its settings allow now and did not before, into the audit log."""
-    now = _terms(config)
-    before = json.loads(site.ledger.remember("terms", json.dumps(now)) or "null")
-    if before is not None:
-        for name in sorted({*before, *now}):
-            if before.get(name) != now.get(name):
-                site.audit.append(
-                    "policy changed", setting=name, before=_brief(before.get(name)), after=_brief(now.get(name))
-                )
-    terms = hashlib.sha256(json.dumps(now, sort_keys=True).encode()).hexdigest()
-    site.audit.append("agent started", code=site.code_digest, terms=terms)
-    site.audit.sign_head()
-
-
-def _terms(config: SiteConfig) -> dict[str, Any]:
-    """Setting → value of everything that bounds what may leave the site; no paths."""
-    tables = {"policy": config.policy.model_dump(mode="json")}
-    tables |= {f"populations.{name}": one.model_dump(mode="json") for name, one in config.populations.items()}
-    tables |= {
-        f"data.{name}": one.model_dump(mode="json", include={"population", "privacy_unit"})
-        for name, one in config.data.items()
-    }
-    return {f"{section}.{name}": value for section, fields in tables.items() for name, value in fields.items()}
-
-
-def _brief(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= LONGEST_TEXT else f"sha256 {hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def site_key(state: Path) -> SigningKey:

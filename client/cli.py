@@ -53,7 +53,8 @@ def agent_command(config: Config = Path("site.toml")) -> None:
 
     peers = admit_relay(settings, config)
     from client.agent import Agent, forbid_inspection
-    from client.assemble import announce, build_site
+    from client.announce import announce
+    from client.assemble import build_site
     from client.withdrawal_journal import refuse_interrupted
 
     forbid_inspection()

@@ -55,17 +55,21 @@ class SigningKey:
         """
         made = cls.fresh()
         pem = made._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+        part = path.with_name(f"{path.name}.part")
         try:
             path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            part.unlink(missing_ok=True)
+            with open(part, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
+                stream.write(pem)
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.link(part, path)  # whole or not at all, and never in the place of another key
+            part.unlink()
         except FileExistsError:
+            part.unlink(missing_ok=True)
             raise ConfigError(f"{path}: exists; a key is never overwritten, give another path") from None
         except OSError as error:
             raise ConfigError(f"{path}: cannot be written ({error.strerror}); give another path") from None
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(pem)
-            stream.flush()
-            os.fsync(stream.fileno())
         return made
 
     @classmethod

@@ -269,12 +269,15 @@ class Ledger:
         self._forget(closed)
         return closed
 
-    def remember(self, name: str, value: str) -> str | None:
-        """Keeps a note about the site, and returns what stood there before."""
+    def note(self, name: str) -> str | None:
+        """What :meth:`remember` kept."""
+        with self._file.reading() as db:
+            return read_meta(db, f"note {name}")
+
+    def remember(self, name: str, value: str) -> None:
+        """Keeps a note about the site, in the place of an older one."""
         with self._file.writing() as db:
-            before = read_meta(db, f"note {name}")
             write_meta(db, f"note {name}", value)
-        return before
 
     # ---- rounds -----------------------------------------------------------------------------------------------
 

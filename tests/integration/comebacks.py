@@ -26,21 +26,15 @@ class Comeback:
 
     Attributes:
         found: on the disk, right after it.
-        sent: whether the coordinator had the release already.
+        left: on the disk, once all rounds are released and the agent has ended in order.
         serves: seconds from the start of the next process until it serves.
         answers: and until the coordinator has the release of the round.
     """
 
     found: Books
-    sent: bool
     left: Books
     serves: float
     answers: float
-
-    @property
-    def charged(self) -> bool:
-        """Whether the round had been charged."""
-        return (RUN, 1) in self.found.charged
 
 
 def foresee(site: MortalSite, entropy: str) -> dict[tuple[str, int], Tensors]:
@@ -59,7 +53,8 @@ def come_back(site: MortalSite, point: str, foreseen: Foreseen) -> Comeback:
     """
     plan = site.plan(RUN)
     life = site.agent(point=point, entropy=FIRST)
-    sent = life.code is None and site.describe(plan) is not None and site.train(plan) is not None
+    if life.code is None and site.describe(plan) is not None:
+        assert site.train(plan) is None
     assert life.end() == KILLED, f"was never at the point:\n{life.log}"
     found = site.books()
 
@@ -82,15 +77,10 @@ def come_back(site: MortalSite, point: str, foreseen: Foreseen) -> Comeback:
     assert left.sequence == 1 + 2 * len(ROUNDS), "something was decided or charged twice"
     assert not left.secrets
     assert {file.name for file in site.state.iterdir()} == AT_REST
-    return Comeback(found, sent, left, serves, answers)
+    return Comeback(found, left, serves, answers)
 
 
 def newest_head(site: MortalSite) -> str:
     """What the coordinator shows the site: the last head it has seen."""
     releases = list(site.auditor.received.values())
     return releases[-1].head if releases else ""
-
-
-def last_line(books: Books) -> str:
-    """The last event that the audit log tells of."""
-    return books.trail[-1].event if books.trail else "none"

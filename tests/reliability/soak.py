@@ -1,6 +1,6 @@
 """Random kills of sites at work: every death is followed by a look at the disk, and every site is brought to its end.
 
-    python tests/reliability/soak.py --kills 200 --seed 0
+    make soak    (python tests/reliability/soak.py --kills 200 --seed 0)
 
 A site works on several plans at the same time, each of which a person approves, rejects or closes; a coordinator shows
 plans, asks for rounds, asks again, and sometimes for something else; now and then somebody's row is withdrawn. Agents,
@@ -14,6 +14,7 @@ import argparse
 import random
 import shutil
 import signal
+import statistics
 import sys
 import tempfile
 import threading
@@ -28,7 +29,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).parents[1] / "integration"))
 
 from comebacks import newest_head
-from kill_points import PERSON, POINTS
+from kill_points import DESCRIBE, FIRST_START, PERSON, TRAIN
 from mortal_sites import KILLED, SERVES, MortalSite, Parent, network_of, write_model
 from site_books import tells_all
 from small_sites import request_for
@@ -38,13 +39,13 @@ from common.messages import Pending, Refusal, RefusalReason, Release
 from common.plan import Plan
 
 KILLS_OF_A_SITE = 25
-PLANS = 6
+PLANS = 10
 ROUNDS = 3
 MOST_ATTEMPTS = 3
 """Of a command to withdraw, before it is let alone."""
 MOST_ACTIONS = 12
 """Of the coordinator and the persons, in one life of an agent."""
-LIFETIME = 20.0
+LIFETIME = 30.0
 """Lifetime ε of a site: some of its plans do not fit any more."""
 PLANS_END = (RefusalReason.CLOSED, RefusalReason.POLICY, RefusalReason.BUDGET)
 ROUNDS_END = (RefusalReason.OUT_OF_ORDER, RefusalReason.REQUEST_CHANGED)
@@ -82,11 +83,13 @@ class SoakedSite:
         self.pace = pace
         self.plans = [site.plan(f"run-{number}") for number in range(PLANS)]
         self.next_round = dict.fromkeys((plan.run_id for plan in self.plans), 1)
+        self.ended: set[str] = set()
 
     def live(self) -> None:
         """One life of an agent: it dies at one of the places, at a random moment, or when it has done enough."""
-        point = self.dice.choice([*POINTS]) if self.dice.random() < 0.5 else None
-        mortality = {"point": point, "nth": self.dice.randint(1, 2)} if point else {}
+        places = [*DESCRIBE, *TRAIN] if self.site.state.exists() else [*FIRST_START]
+        point = self.dice.choice(places) if self.dice.random() < 0.6 else None
+        mortality = {"point": point, "nth": self.dice.choice([1, 1, 1, 2])} if point else {}
         how = signal.SIGTERM if self.dice.random() < 0.1 else signal.SIGKILL
         killer = threading.Timer(self.dice.uniform(0, self.pace), lambda: life.strike(how))
         started = time.perf_counter()
@@ -100,7 +103,7 @@ class SoakedSite:
                 break
             self.act()
         killer.cancel()
-        where = point if point and not life.alive else "a random moment"
+        where = "between two calls" if life.alive else point or "a random moment"
         code = life.end(how)
         assert code in (0, KILLED, -signal.SIGTERM), f"the site does not come back:\n{life.log}"
         if code == KILLED:
@@ -109,7 +112,8 @@ class SoakedSite:
 
     def act(self) -> None:
         """The coordinator or a person does something."""
-        plan = self.plans[min(int(self.dice.expovariate(0.7)), PLANS - 1)]
+        going_on = [plan for plan in self.plans if plan.run_id not in self.ended]
+        plan = self.dice.choice(going_on[:2] if going_on and self.dice.random() < 0.9 else self.plans)
         act = self.dice.choices([self.show, self.ask, self.ask_again, self.ask_otherwise, self.decide], [3, 8, 2, 2, 4])
         act[0](plan)
 
@@ -127,14 +131,18 @@ class SoakedSite:
     def ask_again(self, plan: Plan) -> None:
         """Asks for a round that was released."""
         if self.next_round[plan.run_id] > 1 and self._ask(plan, self.dice.randrange(1, self.next_round[plan.run_id])):
-            self.tally.events["releases sent again"] += 1
+            self.tally.events["releases received once more"] += 1
 
     def _ask(self, plan: Plan, round: int) -> bool:
         reply = self.site.train(plan, min(round, ROUNDS))
         if isinstance(reply, Release):
+            self.tally.events["releases received"] += 1
             self.next_round[plan.run_id] = max(self.next_round[plan.run_id], reply.round + 1)
         elif isinstance(reply, Refusal):
             assert reply.reason in (*PLANS_END, RefusalReason.UNKNOWN_PLAN), reply
+            self.ended |= {plan.run_id} if reply.reason in PLANS_END else set()
+        if self.next_round[plan.run_id] > ROUNDS:
+            self.ended.add(plan.run_id)
         return isinstance(reply, Release)
 
     def ask_otherwise(self, plan: Plan) -> None:
@@ -193,9 +201,9 @@ class SoakedSite:
         books = self.site.books(killed=False)
         assert not books.secrets, "secrets are left"
         tells_all(books)
-        self.tally.events["plans approved"] += len({run for run, _ in books.reserved})
-        self.tally.events["rounds charged"] += len(books.charged)
-        self.tally.events["releases received"] += len(self.site.auditor.received)
+        self.tally.events["plans that were approved"] += len({run for run, _ in books.reserved})
+        self.tally.events["rounds that were charged"] += len(books.charged)
+        self.tally.events["rounds whose release was received"] += len(self.site.auditor.received)
 
 
 @dataclass(frozen=True)
@@ -230,7 +238,7 @@ def soak(
         try:
             while site.tally.killed < until:
                 site.live()
-                if dice.random() < 0.05 and site.site.state.exists():
+                if dice.random() < 0.03 and site.site.state.exists():
                     site.withdraw()
                 progress(total + site.tally)
             site.finish()
@@ -262,13 +270,11 @@ def main() -> int:
     started = time.monotonic()
 
     def progress(tally: Tally) -> None:
-        print(
-            f"\r{tally.killed} of {arguments.kills} kills, {tally.events['releases received']} "
-            f"{time.monotonic() - started:.0f} s",
-            end="",
-            file=sys.stderr,
-            flush=True,
+        seconds = time.monotonic() - started
+        said = (
+            f"{tally.killed} of {arguments.kills} kills, {tally.events['releases received']} releases, {seconds:.0f} s"
         )
+        print(said, end="\r" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
     try:
         with Parent() as parent:
@@ -279,19 +285,24 @@ def main() -> int:
         traceback.print_exception(violation.cause)
         print(
             f"\nVIOLATION at site {violation.number}; its folder is kept: {violation.folder}\n"
-            f"again: python tests/reliability/soak.py --kills {arguments.kills} --seed {arguments.seed}",
+            f"again: make soak SEED={arguments.seed} KILLS={arguments.kills}",
             file=sys.stderr,
         )
         return 1
     shutil.rmtree(folder)
-    print("\n" + "\n".join(table(tally)))
-    print(f"seed {arguments.seed}, {time.monotonic() - started:.0f} s, no violation")
+    print("\n".join(["", *table(tally), f"seed {arguments.seed}, {time.monotonic() - started:.0f} s, no violation"]))
     return 0
 
 
 def table(tally: Tally) -> list[str]:
     """What happened, as lines."""
-    return [f"{count:6}  {what}" for what, count in [*sorted(tally.kills.items()), *sorted(tally.events.items())]]
+    kills = [f"{count:6}  {where}" for where, count in sorted(tally.kills.items())]
+    events = [f"{count:6}  {what}" for what, count in sorted(tally.events.items())]
+    median, longest = statistics.median(tally.serves), max(tally.serves)
+    return [
+        *("kills", *kills, f"{tally.killed:6}  altogether", "", "between them", *events, ""),
+        f"from the start of a process until it serves: median {median:.2f} s, at most {longest:.2f} s",
+    ]
 
 
 if __name__ == "__main__":

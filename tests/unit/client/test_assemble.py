@@ -15,7 +15,8 @@ from site_files import site_tables, write_site
 from small_sites import LABELS, classifier, language_model, phase, plan_for, policy_for
 
 import client.assemble
-from client.assemble import announce, build_site, declared_size, encode_each
+from client.announce import announce
+from client.assemble import build_site, declared_size, encode_each
 from client.audit_log import verify
 from client.check import check_site
 from client.config import WHOLE_SITE, SiteConfig, SiteDataSection, read_site_config
