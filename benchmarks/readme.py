@@ -25,7 +25,8 @@ from typing import Any
 
 from environment import RESULTS
 
-from client.assemble import announce, build_site
+from client.announce import announce
+from client.assemble import build_site
 from client.config import read_site_config
 from common.code import code_digest
 from common.config import RunConfig

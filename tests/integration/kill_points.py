@@ -113,6 +113,11 @@ def named(end: str) -> Callable[..., bool]:
     return lambda part, whole: Path(whole).name == end
 
 
+def replaced(end: str) -> Callable[..., bool]:
+    """Of these, those that put it in the place of another; the first head is signed when an agent starts."""
+    return lambda part, whole: Path(whole).name == end and Path(whole).exists()
+
+
 def opened(start: str) -> Callable[..., bool]:
     """Calls of ``os.open`` for a file whose name begins so."""
     return lambda path, *rest, **named: Path(os.fsdecode(path)).name.startswith(start)
@@ -144,8 +149,10 @@ TRAIN = {
     "after the first of two steps of training": KillPoint(DPSGD, "step", after=True),
     "after training, before the gate": KillPoint(client.egress, "release"),
     "past the gate, the audit log does not know": KillPoint(AuditLog, "append", chosen=line("round released")),
-    "the audit log tells of the release, its head is not signed": KillPoint(AuditLog, "sign_head"),
-    "the head is signed, but not in place": KillPoint(os, "replace", chosen=named("audit.jsonl.head")),
+    "the audit log tells of the release, its head is not signed": KillPoint(
+        AuditLog, "append", after=True, chosen=line("round released")
+    ),
+    "the head is signed, but not in place": KillPoint(os, "replace", chosen=replaced("audit.jsonl.head")),
     "the head is stored, the release is not": KillPoint(Ledger, "record"),
     "the release is stored, but not committed": KillPoint(client.privacy.rounds, "record", after=True),
     "the release is committed, but not counted": KillPoint(Counter, "advance", chosen=number(3)),
