@@ -266,11 +266,11 @@ def wipe_outdated(root: Path, sources: Mapping[str, Sequence[Path]]) -> None:
             wipe(folder)
     for folder, files in known.items():
         digest, note = _digest_of(files), folder / "source"
-        if not (note.is_file() and note.read_text(encoding="utf-8") == digest):
+        if not (note.is_file() and note.read_bytes() == digest.encode()):
             wipe(folder)
             folder.mkdir(mode=0o700)
             note.touch(mode=0o600)
-            note.write_text(digest, encoding="utf-8")
+            note.write_bytes(digest.encode())
 
 
 def _digest_of(files: Sequence[Path]) -> str:

@@ -157,7 +157,7 @@ def test_a_second_agent_is_refused_until_the_first_ends_however_it_ends(tmp_path
                 text=True,
             )
             assert first.stdout is not None and first.stdout.readline() == "serves\n"
-            with pytest.raises(LedgerError, match=rf"another agent serves from it \(process {first.pid}\)"):
+            with pytest.raises(LedgerError, match=rf"an agent or a withdrawal uses it \(process {first.pid}\)"):
                 ledger.serve_alone().__enter__()
             fund(approved(ledger, end), plan=end)  # a person's commands work beside it
             if end == "killed":
