@@ -222,7 +222,7 @@ class Site:
             return RefusalReason.ADAPTER_LAYOUT
         phase = plan.phase_of(request.round)
         try:
-            names = model.trained_in(phase, request.round)
+            names = model.trained_in(phase, plan.round_of_phase(request.round))
         except ModelError:
             return RefusalReason.MODEL
         if not self.ledger.same_data(request.plan_digest, self.resources.fingerprint(plan)):

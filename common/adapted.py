@@ -134,7 +134,7 @@ class AdaptedModel:
         return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
     def trained_in(self, phase: PhaseSection, round: int) -> tuple[str, ...]:
-        """Names of exactly the tensors a site trains (and releases) in a round of this phase. Sorted."""
+        """Names of exactly the tensors a site trains (and releases) in a round of this phase, from 1. Sorted."""
         wanted: set[Group] = {"head"} if "head" in phase.train else set()
         if "lora" in phase.train:
             wanted.update(LOCAL_RULES[phase.algorithm].trains(round))

@@ -165,19 +165,38 @@ class PhaseSection(Section):
     layers: Count | None = None
     """Train the adapters of only the top so many layers. Empty: all that ``[lora]`` adapts."""
     algorithm: str = "ffa"
-    """Aggregation: ``ffa`` or ``fedit``."""
+    """Aggregation: ``ffa``, ``fedit``, ``fedsvd``, ``rolora``, ``la-lora``, ``flexlora`` or ``fedex``."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """Local optimiser, fresh in each round."""
     learning_rate: Positive = 0.1
     """Local learning rate."""
+    proximal: float = Field(default=0.0, ge=0)
+    """FedProx (Li et al. 2018, arXiv 1812.06127): μ of the pull μ(θ - θ_received) on each local step; 0 for none."""
+    smoothing: float = Field(default=0.0, ge=0, le=16)
+    """Width of the Gaussian low-pass filter over the noised gradient's entries, in entries; 0 for none
+    (post-processing: free under DP). Meant for ``la-lora``."""
     clip_norm: Positive = 1.0
     """Per-unit gradients are clipped to this Euclidean norm."""
     budget_share: Positive = 1.0
     """Share of the privacy budget relative to the other phases, as a ratio of μ² (Gaussian DP; splitting only)."""
+    combine: Literal["mean", "median", "trimmed-mean", "multi-krum"] = "mean"
+    """How the updates of a round become one: their weighted mean, or a rule that some hostile sites cannot win."""
+    hostile_sites: int = Field(default=1, ge=0, strict=True)
+    """How many hostile sites ``trimmed-mean`` and ``multi-krum`` must withstand; the other rules ignore it."""
+    server_optimizer: Literal["sgd", "adam", "yogi"] = "sgd"
+    """What the server does with the combined update (post-processing: free under DP): ``sgd`` (with
+    ``server_momentum``: heavy ball), FedAdam or FedYogi (Reddi et al. 2021, arXiv 2003.00295)."""
     server_learning_rate: Positive = 1.0
-    """Step of the global adapter along the averaged update."""
+    """Step of the global adapter along the combined update."""
     server_momentum: float = Field(default=0.0, ge=0, lt=1)
-    """Heavy-ball momentum of the averaged update at the server (post-processing: free under DP)."""
+    """Momentum of the combined update at the server; β₁ of ``adam`` and ``yogi``."""
+    server_second_moment: float = Field(default=0.99, ge=0, lt=1)
+    """β₂ of ``adam`` and ``yogi``."""
+    server_adaptivity: Positive = 1e-3
+    """τ of ``adam`` and ``yogi``: added to the root of the second moment; smaller is more adaptive."""
+    server_average: float = Field(default=0.0, ge=0, lt=1)
+    """Decay of an exponential average of the global adapters; the average is what is evaluated and kept, while training
+    goes on from the last one (post-processing: free under DP). 0 for none."""
 
     @model_validator(mode="after")
     def _consistent(self) -> PhaseSection:
@@ -189,6 +208,16 @@ class PhaseSection(Section):
         if not self.train or len(set(self.train)) != len(self.train):
             raise ValueError("train: must list 'head', 'lora' or both, each once")
         return self
+
+
+class WireSection(Section):
+    """``[wire]``: the number formats in which adapters travel."""
+
+    down: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Coordinator to sites. ``int8``: one scale a row, rounded to the nearest."""
+    up: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Sites to coordinator. ``int8``: one scale a row, rounded at random, and what rounding took away is added to the
+    site's next update (post-processing: free under DP)."""
 
 
 class ServerSection(Section):
@@ -265,6 +294,7 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     lora: LoraSection = LoraSection()
     privacy: PrivacySection = PrivacySection()
+    wire: WireSection = WireSection()
     server: ServerSection = ServerSection()
     evaluation: EvaluationSection = EvaluationSection()
     simulation: SimulationSection = SimulationSection()

@@ -22,6 +22,7 @@ from common.config import (
     RunConfig,
     Section,
     TaskSection,
+    WireSection,
 )
 from common.errors import WireError
 
@@ -41,6 +42,7 @@ class Plan(Section):
     lora: LoraSection
     privacy: PrivacySection
     phases: tuple[PhaseSection, ...]
+    wire: WireSection = WireSection()
     adapter_digest: str
     """Digest of the adapter's layout (:class:`common.adapter.AdapterSpec`)."""
     code_digest: str
@@ -73,6 +75,17 @@ class Plan(Section):
             first += phase.rounds
         raise IndexError(f"round {round} lies outside the plan's {self.rounds} rounds")
 
+    def round_of_phase(self, round: int) -> int:
+        """Which round of its phase a round (from 1) is, from 1.
+
+        Raises:
+            IndexError: the round lies outside the plan.
+        """
+        phase, first = self.phase_of(round), round
+        while first > 1 and self.phase_of(first - 1).name == phase.name:
+            first -= 1
+        return round - first + 1
+
     def canonical(self) -> str:
         """Canonical JSON."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
@@ -93,6 +106,7 @@ def plan_of(config: RunConfig, run_id: str, model_digest: str, adapter_digest: s
         lora=config.lora,
         privacy=config.privacy.model_copy(update={"unit": config.unit}),
         phases=config.phases,
+        wire=config.wire,
         adapter_digest=adapter_digest,
         code_digest=code_digest,
     )

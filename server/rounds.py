@@ -273,7 +273,8 @@ class Coordinator:
     def _collect(self, request: TrainRequest, outcome: Outcome) -> None:
         """Admits replies one by one as they come; those already on disk are not asked for again."""
         digest = request.digest()
-        spec = self.model.spec.part(self.model.trained_in(self.plan.phase_of(request.round), request.round))
+        phase, round = self.plan.phase_of(request.round), self.plan.round_of_phase(request.round)
+        spec = self.model.spec.part(self.model.trained_in(phase, round))
         record = wire.train_request_to_record(request)
         on_disk = self.folder.replies(request.round) & set(outcome.cohort)
         outcome.admitted.extend(on_disk)

@@ -68,7 +68,7 @@ class Subject:
 
     def names(self, round: int) -> tuple[str, ...]:
         """The tensors of a round, in the order of :meth:`Probe.noisy_sum`."""
-        return self.model.trained_in(self.plan.phase_of(round), round)
+        return self.model.trained_in(self.plan.phase_of(round), self.plan.round_of_phase(round))
 
     def rounds_of(self, phase: PhaseSection) -> range:
         """The rounds of a phase."""
