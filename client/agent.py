@@ -86,7 +86,7 @@ class _Calls:
                     )
                 )
             )
-        except Exception as error:
+        except BaseException as error:  # gRPC would leave the caller without an answer
             _abort(context, error)
 
     def train(
@@ -99,7 +99,9 @@ class _Calls:
                 reply = self._site.train(request)
                 with _deadline(context):
                     yield from train_reply_frames(reply)
-        except Exception as error:
+        except GeneratorExit:  # the caller has left
+            raise
+        except BaseException as error:
             _abort(context, error)
 
     def check(
@@ -176,7 +178,7 @@ def _deadline(context: grpc.ServicerContext) -> Iterator[None]:
         raise WireError("request: did not come to its end in time")
 
 
-def _abort(context: grpc.ServicerContext, error: Exception) -> NoReturn:
+def _abort(context: grpc.ServicerContext, error: BaseException) -> NoReturn:
     if isinstance(error, WireError):
         log.warning("refused a malformed request: %.300s", ascii(str(error)))  # it may quote what the caller chose
         context.abort(grpc.StatusCode.INVALID_ARGUMENT, MALFORMED)

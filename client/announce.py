@@ -54,8 +54,13 @@ def catch_up(audit: AuditLog, ledger: Ledger) -> None:
 
 
 def _terms(config: SiteConfig) -> dict[str, Any]:
-    """Setting → value of everything that bounds what may leave the site; no paths."""
-    tables = {"policy": config.policy.model_dump(mode="json")}
+    """Setting → value of everything that bounds what may leave the site, or who is kept from its data; no paths."""
+    tables: dict[str, dict[str, Any]] = {
+        "site": config.site.model_dump(mode="json", include={"relay_user", "trust_relay"}),
+        "separation": {"key": config.separation.key if config.separation else None},
+        "testing": {"fixed_keys": config.testing is not None},
+        "policy": config.policy.model_dump(mode="json"),
+    }
     tables |= {f"populations.{name}": one.model_dump(mode="json") for name, one in config.populations.items()}
     tables |= {
         f"data.{name}": one.model_dump(mode="json", include={"population", "privacy_unit"})

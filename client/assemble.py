@@ -57,15 +57,16 @@ class Resident:
     _fingerprints: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def model(self, plan: Plan) -> AdaptedModel:
-        """The resident model of a plan; another plan's model makes room for it."""
-        key = (plan.model_digest, plan.task, plan.lora)
+        """The resident model of a plan, its adapter at this site's rank; another plan's model makes room for it."""
+        lora = plan.lora.at_rank(plan.rank_at(self.config.policy.max_rank))
+        key = (plan.model_digest, plan.task, lora)
         if key not in self._models:
             self._models.clear()
             device = self.config.device
             placement = Placement.choose(device.device, device.dtype, device.gradient_checkpointing)
             task = task_of(plan.task)
             base = load_base(self.folders[plan.model_digest], task, placement, plan.task.pooling)
-            self._models[key] = AdaptedModel(base, task, plan.lora)
+            self._models[key] = AdaptedModel(base, task, lora)
             self.loads += 1
             log.info("base model loaded (%d so far in this process)", self.loads)
         return self._models[key]
@@ -136,13 +137,17 @@ def encode_each(rows: Rows, model: AdaptedModel) -> list[Encoded | None]:
     """The rows as the task encodes them; ``None`` for a row that cannot be learnt from, whatever is wrong with it."""
     try:
         return model.task.encode(rows, model.base.tokenizer)[0]
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a panic of a library in Rust is no Exception
         log.warning("the data could not be encoded in one go; each row is encoded alone")
     encoded: list[Encoded | None] = []
     for index in range(count(rows)):
         try:
             encoded += model.task.encode(select(rows, [index]), model.base.tokenizer)[0]
-        except Exception:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             encoded.append(None)
     return encoded
 

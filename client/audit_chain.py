@@ -18,6 +18,9 @@ LONGEST_LINE = 1 << 16
 LONGEST_TEXT = 200
 """Characters of a detail: enough for a digest or a name, too few for a patient's note."""
 LARGEST_NUMBER = 1 << 53
+OWN = ("time", "previous", "salt")
+"""What the log itself adds to each line. The salt is random: heads leave the site, and a hash over times and words that
+can be guessed would give them away."""
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
 
 
@@ -58,7 +61,7 @@ def check_details(event: str, details: Mapping[str, Detail]) -> None:
         TypeError: a detail is no plain value, or so long that it could hold a patient's data.
     """
     for name, value in {**details, "event": event}.items():
-        if name in ("time", "previous"):
+        if name in OWN:
             raise TypeError(f"audit log: '{name}' is written by the log itself")
         if not isinstance(value, str | int | float | None):
             raise TypeError(f"audit log: '{name}' is a {type(value).__name__}, not a text, number, truth value or None")
@@ -102,7 +105,7 @@ def _parsed(line: bytes) -> dict[str, Detail] | None:
 
 def entry_of(line: bytes, after: Entry, body: Mapping[str, Detail]) -> Entry:
     """The entry that a whole line makes, behind another one; ``body`` is what the line holds."""
-    details = {name: value for name, value in body.items() if name not in ("time", "event", "previous")}
+    details = {name: value for name, value in body.items() if name not in (*OWN, "event")}
     digest = hashlib.sha256(line.removesuffix(b"\n")).hexdigest()
     return Entry(after.number + 1, digest, after.end + len(line), str(body["time"]), str(body["event"]), details)
 

@@ -61,7 +61,10 @@ def show_command(
     last: Annotated[int | None, typer.Option("--last", min=1, help="Only so many lines, the newest ones.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what happened: time, event, details. Stops where a line does not follow the one before (exit code 2)."""
+    """Print what happened: time, event, details. Stops where a line does not follow the one before (exit code 2).
+
+    Example: consilium site audit-log show --last 20
+    """
     from client.audit_chain import read_entries
 
     log = _log(config)

@@ -2,6 +2,8 @@
 
 Holds run ids, rounds, digests, decisions and ε; never data, losses or counts. The chain tells a changed, dropped or
 moved line; the signed head (:mod:`client.audit_head`) tells an end that was cut off and a chain that was written anew.
+Heads leave with releases, so each line holds a salt: without it whoever has two heads could try out the few words and
+times that may stand between them, and learn when a training began and ended.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -73,7 +76,8 @@ class AuditLog:
         check_details(event, details)
         with self._locked() as stream:
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            body = {**details, "event": event, "time": max(now, self._last.time), "previous": self._last.hash}
+            own = {"time": max(now, self._last.time), "previous": self._last.hash, "salt": fresh_salt()}
+            body = {**details, "event": event, **own}
             line = json.dumps(body, sort_keys=True, separators=(",", ":")).encode() + b"\n"
             if len(line) > LONGEST_LINE:
                 raise TypeError(f"audit log: the details of '{event}' are longer than {LONGEST_LINE} bytes together")
@@ -240,6 +244,11 @@ def _compared(stream: IO[bytes], heads: tuple[Head, ...]) -> Verdict:
         what = f"is gone: the site signed {longest} lines, and the log ends after {last.number}"
         return Verdict(last.number, heads, last.number + 1, what)
     return Verdict(last.number, heads, unfinished=stream.tell() > last.end)
+
+
+def fresh_salt() -> str:
+    """128 random bits for a line, so that its hash tells nothing of what the line says."""
+    return secrets.token_hex(16)
 
 
 def _private(path: str, flags: int) -> int:

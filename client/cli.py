@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,9 +56,11 @@ def agent_command(config: Config = Path("site.toml")) -> None:
     from client.agent import Agent, forbid_inspection
     from client.announce import announce
     from client.assemble import build_site
+    from client.log_limit import limit_log
     from client.withdrawal_journal import refuse_interrupted
 
     forbid_inspection()
+    limit_log()
     site, resident = build_site(settings)
     with site.ledger.serve_alone():
         refuse_interrupted(settings)
@@ -78,31 +81,28 @@ def agent_command(config: Config = Path("site.toml")) -> None:
 @app.command("check")
 def check_command(
     config: Config = Path("site.toml"),
-    task: Annotated[str, typer.Option("--task", help="Task to check the rows for.")] = "sequence-classification",
-    labels: Annotated[str, typer.Option("--labels", help="Comma-separated label names of the plan.")] = "",
+    task: Annotated[str, typer.Option("--task", help="Task to check the rows for; else the first one allowed.")] = "",
+    labels: Annotated[
+        str, typer.Option("--labels", help="Comma-separated label names of the plan; else those that occur.")
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """Check site.toml and the data, here and only here: every row that cannot be learnt from is named.
 
-    Example: consilium site check --config site.toml --labels "cardiac,respiratory"
-    """
-    from client.check import check_site
-    from client.config import read_site_config
+    Examples:
 
-    report = check_site(read_site_config(config), task, tuple(filter(None, (x.strip() for x in labels.split(",")))))
+      consilium site check --config site.toml
+
+      consilium site check --config site.toml --labels "cardiac,respiratory"
+    """
+    from client.check import check_site, print_report
+
+    names = tuple(filter(None, (name.strip() for name in labels.split(","))))
+    report = check_site(_settings(config), task, names, config)
     if as_json:
         _print_json(report)
     else:
-        for name, entry in report["data"].items():
-            print(
-                f"data '{name}': {entry['rows']} rows, {entry['units']} privacy units ({entry['unit']}); "
-                f"{entry['faults']} rows cannot be learnt from (they contribute zero)"
-            )
-            for fault in entry["first_faults"]:
-                print(f"  row {fault['row']}: {fault['field']} {fault['reason']}")
-        print(f"what this site shows the coordinator: {json.dumps(report['shared'])}")
-        for remark in report["remarks"]:
-            print(f"remark: {remark}")
+        print_report(report)
     if any(entry["faults"] for entry in report["data"].values()):
         raise typer.Exit(2)
 
@@ -113,12 +113,14 @@ def pending_command(config: Config = Path("site.toml"), as_json: AsJson = False)
 
     Example: consilium site pending --config site.toml
     """
-    from client.ledger_report import print_table, warnings
+    from client.ledger_report import as_waiting, print_table, waiting_row, warnings
     from client.privacy.ledger import Decision
 
+    settings = _settings(config)
     with _ledger(config) as ledger:
-        waiting = [_waiting(ledger, entry) for entry in ledger.plans(Decision.WAITING)] if ledger else []
-        notes = list(warnings(ledger)) if ledger else []
+        entries = ledger.plans(Decision.WAITING) if ledger else []
+        waiting = [as_waiting(ledger, _as_claimed(settings, entry)) for entry in entries] if ledger else []
+        notes = list(warnings(ledger, settings.testing is not None)) if ledger else []
     if as_json:
         _print_json(waiting)
         return
@@ -127,7 +129,7 @@ def pending_command(config: Config = Path("site.toml"), as_json: AsJson = False)
         print("no plan waits for a decision" if ledger else f"no plan waits for a decision; {NEVER_RUN}")
         return
     columns = ("plan", "run", "population", "epsilon", "reserved if approved", "limit")
-    print_table("Plans that wait for a decision", columns, [_waiting_row(plan) for plan in waiting])
+    print_table("Plans that wait for a decision", columns, [waiting_row(plan) for plan in waiting])
     print("see 'consilium site show PLAN', then 'consilium site approve PLAN' or 'consilium site reject PLAN'")
 
 
@@ -148,9 +150,10 @@ def show_command(digest: Digest, config: Config = Path("site.toml"), as_json: As
     settings = _settings(config)
     with _ledger(config) as ledger:
         ledger, entry = _one_plan(ledger, digest)
-        notes = list(warnings(ledger))
+        notes = list(warnings(ledger, settings.testing is not None))
         population = next(each for each in ledger.populations() if each.name == entry.population)
         balance = ledger.balance(entry.population)
+    entry = _as_claimed(settings, entry)
     about = (entry, read_plan(entry.body), population, balance, signer_of(entry, settings.policy.coordinator_keys))
     if as_json:
         _print_json(as_object(*about))
@@ -168,7 +171,7 @@ def approve_command(digest: Digest, config: Config = Path("site.toml"), as_json:
     audit = _audit(config)  # a broken trail stops here, before anything is decided
     with _ledger(config) as ledger:
         ledger, entry = _one_plan(ledger, digest)
-        _refuse_forbidden(config, entry)
+        _refuse_forbidden(config, entry, ledger.balance(entry.population).limit)
         decision = ledger.approve(entry.digest)
         audit.append("plan decided", plan=entry.digest, decision=decision, by="person")
         balance = ledger.balance(entry.population)
@@ -225,8 +228,9 @@ def ledger_command(config: Config = Path("site.toml"), as_json: AsJson = False) 
     from client.ledger_report import EMPTY, account, print_account, warnings
 
     with _ledger(config) as ledger:
-        found = account(ledger) if ledger else EMPTY
-        notes = list(warnings(ledger)) if ledger else []
+        fixed_keys = _settings(config).testing is not None
+        found = account(ledger, not fixed_keys) if ledger else EMPTY
+        notes = list(warnings(ledger, fixed_keys)) if ledger else []
     if as_json:
         _print_json(found)
         return
@@ -319,45 +323,44 @@ def _one_plan(ledger: Ledger | None, prefix: str) -> tuple[Ledger, PlanEntry]:
     return ledger, found[0]
 
 
-def _refuse_forbidden(config: Path, entry: PlanEntry) -> None:
-    """The policy may have become stricter since the plan came."""
+def _refuse_forbidden(config: Path, entry: PlanEntry, limit: float) -> None:
+    """The policy may have become stricter since the plan came.
+
+    Args:
+        limit: the population's lifetime ε, as it was when the agent last started.
+    """
     from client.assemble import policy_of
+    from client.plan_in_words import signer_of
     from common.plan import read_plan
 
-    policy = policy_of(_settings(config))
+    policy, plan = policy_of(_settings(config)), f"plan {entry.digest[:12]}"
+    if signer_of(entry, policy.section.coordinator_keys) is None:
+        raise ConfigError(f"{plan}: no key that policy.coordinator_keys names now has signed it; reject it")
+    declared = policy.populations.get(entry.population)
+    if declared is None or declared.lifetime_epsilon != limit:
+        raise ConfigError(
+            f"{plan}: site.toml does not declare populations.{entry.population} with a lifetime_epsilon of {limit:g}, "
+            "as it did when the agent last started; start the agent again, then decide"
+        )
     refusal = policy.refusal(read_plan(entry.body))
     if refusal or (entry.statement and policy.too_quiet(entry.statement)):
         raise ConfigError(
-            f"plan {entry.digest[:12]}: site.toml does not allow it any more ({refusal or 'policy'}); reject it, or "
+            f"{plan}: site.toml does not allow it any more ({refusal or 'policy'}); reject it, or "
             "widen the bounds that it exceeds"
         )
+
+
+def _as_claimed(settings: SiteConfig, entry: PlanEntry) -> PlanEntry:
+    """With fixed keys the site claims no ε, whatever the noise would be worth."""
+    if settings.testing is None or entry.statement is None:
+        return entry
+    return replace(entry, statement=replace(entry.statement, epsilon=None))
 
 
 def _reason(why: str) -> str:
     if len(why) > 200 or not why.isprintable():
         raise ConfigError("--why: must be one line of at most 200 characters")
     return why
-
-
-def _waiting(ledger: Ledger, entry: PlanEntry) -> dict[str, Any]:
-    statement, balance = entry.statement, ledger.balance(entry.population)
-    return {
-        "digest": entry.digest,
-        "run": entry.run_id,
-        "received": entry.received_at,
-        "population": entry.population,
-        "epsilon": statement.epsilon if statement else None,
-        "delta": statement.delta if statement else None,
-        "limit": balance.limit,
-        "reserved": balance.reserved,
-        "reserved_after": balance.after(statement) if statement else balance.reserved,
-    }
-
-
-def _waiting_row(plan: dict[str, Any]) -> tuple[str, ...]:
-    epsilon = "none" if plan["epsilon"] is None else f"{plan['epsilon']:.4f}"
-    after = f"{plan['reserved_after']:.4f}" + (" (does not fit)" if plan["reserved_after"] > plan["limit"] else "")
-    return plan["digest"], plan["run"], plan["population"], epsilon, after, f"{plan['limit']:.4f}"
 
 
 def _tell_decision(digest: str, decision: str, population: str, balance: Balance, as_json: bool) -> None:

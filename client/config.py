@@ -29,8 +29,9 @@ class SiteSection(Section):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     """The site's public name."""
-    listen: str = "unix:consilium-agent.sock"
-    """``unix:PATH`` (relative to the folder of site.toml), or ``HOST:PORT`` with ``[tls]``."""
+    listen: str = "unix:run/agent.sock"
+    """``unix:PATH`` (relative to the folder of site.toml), or ``HOST:PORT`` with ``[tls]``. The relay's user must be
+    able to enter the socket's folder and those above it, and must not be able to list the socket's."""
     state: Path = Path("state")
     """Folder of ledger, secrets, keys, caches and audit log, relative to site.toml. Keep it out of backups that can be
     restored."""
@@ -52,7 +53,7 @@ class TlsSection(Section):
     key: Path
     """Its private key, PEM, unencrypted."""
     authority: Path
-    """Certificate of the authority whose clients may connect, PEM."""
+    """Certificate of the authority whose clients may connect, PEM: all of them, so one of the site's own."""
 
 
 class PopulationSection(Section):
@@ -164,7 +165,7 @@ class SiteConfig(Section):
     """Version of this file's format; a newer one is refused."""
     site: SiteSection
     tls: TlsSection | None = None
-    models: tuple[str, ...] = ("minilm",)
+    models: Annotated[tuple[str, ...], Field(min_length=1)] = ("minilm",)
     """Base models this site allows: names, folders or hub ids. A plan selects one by the digest of its files."""
     populations: dict[str, PopulationSection]
     separation: SeparationSection | None = None

@@ -195,7 +195,9 @@ class _Passage(threading.Thread):
 def _listen(path: Path, mode: int) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX)
     try:
-        path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        if not path.parent.exists():
+            path.parent.mkdir(parents=True)
+            path.parent.chmod(0o711)  # whatever the umask: callers must get in, and need not look around
         _make_room(path)
         listener.bind(str(path))
         path.chmod(mode)

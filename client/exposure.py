@@ -7,6 +7,9 @@ followed:
 - anything below a folder in which the user could put something else in its place;
 - anything that belongs to the user, who can change the mode.
 
+What decides what the agent does, and is no secret (base models in folders of this machine, certificates, the installed
+code), may be read, and must not be written.
+
 The folder of the agent's socket is judged otherwise, for the relay must connect: the user must be able to enter it and
 all folders above it, and must not be able to list it (it would learn the names of what lies beside the socket), nor to
 write there or above (it could put a socket of its own in its place). The socket itself may be open to everybody: the
@@ -23,9 +26,11 @@ import logging
 import os
 import pwd
 import stat
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from client.config import SiteConfig
 from common.errors import ConfigError
@@ -36,6 +41,13 @@ READ, WRITE, ENTER = 4, 2, 1
 ACCESS_LIST = "system.posix_acl_access"
 MOST_LINKS = 40
 """As in path_resolution(7)."""
+ENOUGH = 3
+"""Files of a model or an installation that are named; the remedy for one is that for all."""
+TRUSTING = (
+    "site.trust_relay = true: the relay may run under the agent's own user, and then CODE THAT THE COORDINATOR SHIPS "
+    "CAN READ THE DATA; for trials only"
+)
+NOTHING: Mapping[str, Path] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -63,7 +75,6 @@ class Exposure:
 def admit_relay(config: SiteConfig, source: Path) -> frozenset[int] | None:
     """The users that may connect to the agent, once it is sure that they can reach nothing else of the site.
 
-    ``None`` for a port without ``site.relay_user``: the relay is elsewhere, and its certificate tells who it is.
     The state folder is made (0700) if it is not there, for what is made later is not looked at.
 
     Args:
@@ -77,17 +88,27 @@ def admit_relay(config: SiteConfig, source: Path) -> frozenset[int] | None:
         state.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"site.state = '{state}': cannot be made ({error.strerror}); give another path") from None
+    welcome = welcome_users(config, source)
+    if welcome == frozenset({os.geteuid()}):
+        log.warning("%s", TRUSTING)
+    return welcome
+
+
+def welcome_users(config: SiteConfig, source: Path) -> frozenset[int] | None:
+    """The users that may connect to the agent; makes nothing.
+
+    ``None`` for a port without ``site.relay_user``: the relay is elsewhere, and its certificate tells who it is.
+
+    Raises:
+        ConfigError: as :func:`admit_relay`.
+    """
     unix = config.site.listen.startswith("unix:")
     if config.site.relay_user is None and not unix:
         return None
     user = _relay_of(config)
-    if user.uid == os.geteuid():
-        log.warning(
-            "site.trust_relay = true: the relay may run under the agent's own user, and then CODE THAT THE COORDINATOR "
-            "SHIPS CAN READ THE DATA; for trials only"
-        )
-    else:
-        refuse_exposed(user, guarded(config, source), Path(config.site.listen.removeprefix("unix:")) if unix else None)
+    if user.uid != os.geteuid():
+        socket = Path(config.site.listen.removeprefix("unix:")) if unix else None
+        refuse_exposed(user, guarded(config, source), socket, steering(config))
     return frozenset({user.uid})
 
 
@@ -118,28 +139,46 @@ def user_of(name: str) -> User:
 def guarded(config: SiteConfig, source: Path) -> dict[str, Path]:
     """Setting → path of what the relay must not reach: ``site.toml`` itself, and all that it names and that is there.
 
-    Models are public, and data without a path here come from the hub.
+    The counter need not be there yet: who could make it first would own it. Data without a path here come from the hub.
     """
-    paths = {"site.toml": source, "site.state": config.site.state, "site.counter": config.site.counter}
+    paths = {"site.toml": source, "site.state": config.site.state}
     paths |= {f"data.{name}.path": Path(data.path).expanduser() for name, data in config.data.items()}
     if config.tls is not None:
         paths["tls.key"] = config.tls.key
+    return {setting: path for setting, path in paths.items() if path.exists()} | {"site.counter": config.site.counter}
+
+
+def steering(config: SiteConfig) -> dict[str, Path]:
+    """Setting → path of what the relay may read and must not write, as far as it is there.
+
+    A base model is loaded long after its digest was compared. Models of the hub lie in a cache that is not looked at.
+    """
+    paths = {f"models: {name}": Path(name).expanduser() for name in config.models}
+    paths |= {f"installation: {name}": Path(__file__).parents[1] / name for name in ("client", "common")}
+    paths["installation: Python"] = Path(sys.executable)
+    if config.tls is not None:
+        paths |= {"tls.certificate": config.tls.certificate, "tls.authority": config.tls.authority}
     return {setting: path for setting, path in paths.items() if path.exists()}
 
 
-def refuse_exposed(user: User, paths: Mapping[str, Path], socket: Path | None = None) -> None:
+def refuse_exposed(
+    user: User, paths: Mapping[str, Path], socket: Path | None = None, writable: Mapping[str, Path] = NOTHING
+) -> None:
     """Returns if the user can reach none of the paths, and can connect to the socket.
 
     Args:
         paths: setting → path.
+        writable: the same of what it must not write, and may read.
 
     Raises:
-        ConfigError: lists every exposed path with its setting and the remedy.
+        ConfigError: lists every exposed path with its setting and the remedy; of a whole installation a few.
     """
+    looked_at = [(*entry, exposures(user, entry[1])) for entry in paths.items()]
+    looked_at += [(*entry, exposures(user, entry[1], WRITE)[:ENOUGH]) for entry in writable.items()]
     problems = [
         f"{setting} = '{path}': the relay's user '{user.name}' {found.can}; {found.remedy}"
-        for setting, path in paths.items()
-        for found in exposures(user, path)
+        for setting, path, exposed in looked_at
+        for found in exposed
     ]
     if socket is not None:
         problems += [
@@ -150,14 +189,17 @@ def refuse_exposed(user: User, paths: Mapping[str, Path], socket: Path | None = 
         raise ConfigError(problems)
 
 
-def exposures(user: User, path: Path) -> list[Exposure]:
+def exposures(user: User, path: Path, forbidden: int = READ | WRITE) -> list[Exposure]:
     """What the user could read, write or replace of a file, or of a folder and all that lies in it.
+
+    Args:
+        forbidden: mode bits that it must not have; what can be replaced is told in any case.
 
     Raises:
         ConfigError: the agent itself cannot look.
     """
     try:
-        return list(_exposures(user, path, set()))
+        return list(_exposures(user, path, set(), forbidden))
     except OSError as error:
         raise ConfigError(
             f"'{path}': cannot be looked at ({error.strerror}), so nobody knows who can read it; give it to the "
@@ -197,7 +239,7 @@ def _relay_of(config: SiteConfig) -> User:
     return user
 
 
-def _exposures(user: User, path: Path, seen: set[Path]) -> Iterator[Exposure]:
+def _exposures(user: User, path: Path, seen: set[Path], forbidden: int) -> Iterator[Exposure]:
     if user.uid == 0:
         yield Exposure(path, "is root, who reads everything", "run SuperNode under a user of its own")
         return
@@ -213,11 +255,11 @@ def _exposures(user: User, path: Path, seen: set[Path]) -> Iterator[Exposure]:
         return
     seen.add(end)
     may = _may(user, end)
-    if may & (READ | WRITE):
-        yield _open(user, end)
+    if may & forbidden:
+        yield _open(user, end, forbidden)
     elif end.is_dir() and may & ENTER:
         for entry in sorted(end.iterdir()):
-            yield from _exposures(user, entry, seen)
+            yield from _exposures(user, entry, seen, forbidden)
 
 
 def _way(path: Path) -> tuple[list[tuple[Path, str]], Path]:
@@ -274,9 +316,11 @@ def _kept_by_sticky_bit(user: User, folder: Path, name: str) -> bool:
     )
 
 
-def _open(user: User, path: Path) -> Exposure:
+def _open(user: User, path: Path, forbidden: int) -> Exposure:
     if path.stat().st_uid == user.uid:
         return Exposure(path, f"owns '{path}'", "chown it to the agent's user")
+    if not forbidden & READ:
+        return Exposure(path, f"can write '{path}'", f"chmod go-w '{path}'")
     verb = "list" if path.is_dir() else "read"
     return Exposure(path, f"can {verb} or write '{path}'", f"chmod go-rwx '{path}'")
 

@@ -17,18 +17,24 @@ NOTICEABLE = timedelta(minutes=1)
 """Clocks that are further apart are spoken of."""
 
 
-def account(ledger: Ledger) -> dict[str, Any]:
-    """Populations with what is spent, reserved and left; plans with every charge."""
+def account(ledger: Ledger, claims_epsilon: bool = True) -> dict[str, Any]:
+    """Populations with what is spent, reserved and left; plans with every charge.
+
+    Args:
+        claims_epsilon: ``False`` with fixed keys, under which no plan keeps what its noise would promise.
+    """
     return {
         "blocked": ledger.blocked,
         "clock_ahead_seconds": max(0, round(ledger.clock_ahead.total_seconds())),
         "populations": [_population(ledger, population) for population in ledger.populations()],
-        "plans": [_plan(ledger, entry) for entry in ledger.plans()],
+        "plans": [_plan(ledger, entry, claims_epsilon) for entry in ledger.plans()],
     }
 
 
-def warnings(ledger: Ledger) -> Iterator[str]:
+def warnings(ledger: Ledger, fixed_keys: bool = False) -> Iterator[str]:
     """What a person should look at before anything else."""
+    if fixed_keys:
+        yield "[testing] fixed keys are in use: no privacy is claimed, and the budget below protects nobody"
     if why := ledger.blocked:
         yield (
             f"this site is BLOCKED: {shown(why)}. Nothing is approved, trained or sent; look into it, then see "
@@ -93,6 +99,29 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     print()
 
 
+def as_waiting(ledger: Ledger, entry: PlanEntry) -> dict[str, Any]:
+    """A plan that waits, with what it would cost."""
+    statement, balance = entry.statement, ledger.balance(entry.population)
+    return {
+        "digest": entry.digest,
+        "run": entry.run_id,
+        "received": entry.received_at,
+        "population": entry.population,
+        "epsilon": statement.epsilon if statement else None,
+        "delta": statement.delta if statement else None,
+        "limit": balance.limit,
+        "reserved": balance.reserved,
+        "reserved_after": balance.after(statement) if statement else balance.reserved,
+    }
+
+
+def waiting_row(plan: dict[str, Any]) -> tuple[str, ...]:
+    """The same as a row of a table."""
+    epsilon = "none" if plan["epsilon"] is None else f"{plan['epsilon']:.4f}"
+    after = f"{plan['reserved_after']:.4f}" + (" (does not fit)" if plan["reserved_after"] > plan["limit"] else "")
+    return plan["digest"], plan["run"], plan["population"], epsilon, after, f"{plan['limit']:.4f}"
+
+
 def _population(ledger: Ledger, population: Any) -> dict[str, Any]:
     balance = ledger.balance(population.name)
     return {
@@ -104,7 +133,7 @@ def _population(ledger: Ledger, population: Any) -> dict[str, Any]:
     }
 
 
-def _plan(ledger: Ledger, entry: PlanEntry) -> dict[str, Any]:
+def _plan(ledger: Ledger, entry: PlanEntry, claims_epsilon: bool) -> dict[str, Any]:
     names = ("round", "phase", "sample_rate", "noise_multiplier", "steps")
     return {
         "digest": entry.digest,
@@ -115,7 +144,7 @@ def _plan(ledger: Ledger, entry: PlanEntry) -> dict[str, Any]:
         "received": entry.received_at,
         "decided": entry.decided_at,
         "closed_because": entry.closed_because or None,
-        "epsilon": entry.statement.epsilon if entry.statement else None,
+        "epsilon": entry.statement.epsilon if entry.statement and claims_epsilon else None,
         "delta": entry.statement.delta if entry.statement else None,
         "rounds": [dict(zip(names, charge, strict=True)) for charge in ledger.charges(entry.digest)],
     }

@@ -47,7 +47,7 @@ class Policy:
             and plan.model_digest in self.section.base_models
             and plan.task.name in self.section.tasks
             and set(plan.lora.target_modules or (FAMILY_DEFAULT,)) <= set(self.section.lora_targets)
-            and plan.lora.r <= self.section.max_rank
+            and plan.rank_at(self.section.max_rank) <= self.section.max_rank
             and plan.privacy.unit == self.population_of(plan).unit
             and set(plan.privacy.metrics) <= set(self.section.metrics)
             and _clips_soundly(plan)
@@ -73,17 +73,20 @@ class Policy:
         return plan.privacy.epsilon <= self.section.max_epsilon and delta <= self.section.max_delta
 
 
-def policy_for(plan: Plan, public_size: int, coordinator: str, lifetime_epsilon: float = 1e6) -> Policy:
+def policy_for(
+    plan: Plan, public_size: int, coordinator: str, lifetime_epsilon: float = 1e6, max_rank: int | None = None
+) -> Policy:
     """A policy that allows one plan and nothing else: for a simulated or audited site, whose people are not asked.
 
     Args:
         coordinator: the public key that signs the plan.
+        max_rank: the site's largest LoRA rank; empty: the plan's.
     """
     section = PolicySection(
         base_models=(plan.model_digest,),
         tasks=(plan.task.name,),
         lora_targets=plan.lora.target_modules or (FAMILY_DEFAULT,),
-        max_rank=plan.lora.r,
+        max_rank=max_rank or plan.lora.r,
         max_epsilon=plan.privacy.epsilon or 1.0,
         max_delta=1e-3,
         min_noise_multiplier=LEAST_NOISE,

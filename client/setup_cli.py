@@ -79,7 +79,11 @@ def init_command(
     }
     local = Path(model).expanduser()
     path = write_template(folder, settings, (_beside(local, folder) if local.is_dir() else model,))
-    left = ["policy.coordinator_keys: the public key of the coordinator", "site.relay_user: who the relay runs as"]
+    left = [
+        "policy.coordinator_keys: the public key of the coordinator",
+        "site.relay_user: who the relay runs as",
+        "data.default.columns: what the columns are called that the task needs, unless 'text' and 'label'",
+    ]
     if as_json:
         _print_json({"file": str(path), "base_model": digest, "left": left})
         return

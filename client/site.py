@@ -26,11 +26,12 @@ from client.trainer import train_round
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.config import EXAMPLE
-from common.errors import AdapterError, LedgerError, ModelError, PrivacyError, WireError
+from common.errors import LedgerError, ModelError, PrivacyError, WireError
 from common.examples import Examples
 from common.messages import DescribeRequest, RefusalReason, SiteDescription, TrainReply, TrainRequest
 from common.plan import Plan, read_plan
 from common.privacy.metrics import metric_bounds
+from common.requests import NOTHING, Held, kept_after, moved_by_server, received
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Site:
         self.fixed_seed, self.claims_epsilon = fixed_seed, claims_epsilon
         self._one_at_a_time = threading.Lock()
         self._refused: set[tuple[str, int, RefusalReason]] = set()
+        self._held: dict[str, Held] = {}
         for population in policy.populations.values():
             ledger.declare(population)
         for data, name in policy.data.items():
@@ -117,6 +119,8 @@ class Site:
         entry = self.ledger.plan(digest)
         assert entry is not None
         if entry.decision is Decision.WAITING and self.policy.section.approval == "automatic":
+            if entry.statement is not None and self.policy.too_quiet(entry.statement):
+                return RefusalReason.POLICY
             return self.policy.refusal(plan) or self._approve(entry)
         return entry
 
@@ -173,31 +177,32 @@ class Site:
     def train(self, request: TrainRequest) -> TrainReply:
         """One round: the stored release if there is one, else reserve, train, release, record.
 
-        Every answer waits until ``policy.reply_after``, so that none is told by its time.
+        Every answer waits until ``policy.reply_after``, and so does whatever else is asked meanwhile: an answer that
+        waited for the end of training alone would tell when that was.
         """
-        earliest = time.monotonic() + self.policy.section.reply_after
-        try:
-            return self._train(request)
-        finally:
-            time.sleep(max(0.0, earliest - time.monotonic()))
+        with self._one_at_a_time:
+            earliest = time.monotonic() + self.policy.section.reply_after
+            try:
+                return self._train(request)
+            finally:
+                time.sleep(max(0.0, earliest - time.monotonic()))
 
     def _train(self, request: TrainRequest) -> TrainReply:
-        with self._one_at_a_time:
-            self._close_expired()
-            if self.ledger.blocked:
-                return egress.refuse(self.name, RefusalReason.BLOCKED)
-            entry = self.ledger.plan(request.plan_digest)
-            if entry is None or entry.run_id != request.run_id:
-                return egress.refuse(self.name, RefusalReason.UNKNOWN_PLAN)
-            if entry.decision is Decision.WAITING:
-                return egress.pending(self.name)
-            if entry.decision in (Decision.REFUSED, Decision.CLOSED):
-                return egress.refuse(self.name, entry.refusal or RefusalReason.POLICY)
-            outcome = self._released(read_plan(entry.body), request)
-            if isinstance(outcome, RefusalReason):
-                self._record_refusal(entry, request, outcome)
-                return egress.refuse(self.name, outcome)
-            return egress.reply(self.name, request, request.digest(), outcome)
+        self._close_expired()
+        if self.ledger.blocked:
+            return egress.refuse(self.name, RefusalReason.BLOCKED)
+        entry = self.ledger.plan(request.plan_digest)
+        if entry is None or entry.run_id != request.run_id:
+            return egress.refuse(self.name, RefusalReason.UNKNOWN_PLAN)
+        if entry.decision is Decision.WAITING:
+            return egress.pending(self.name)
+        if entry.decision in (Decision.REFUSED, Decision.CLOSED):
+            return egress.refuse(self.name, entry.refusal or RefusalReason.POLICY)
+        outcome = self._released(read_plan(entry.body), request)
+        if isinstance(outcome, RefusalReason):
+            self._record_refusal(entry, request, outcome)
+            return egress.refuse(self.name, outcome)
+        return egress.reply(self.name, request, request.digest(), outcome)
 
     def _record_refusal(self, entry: PlanEntry, request: TrainRequest, reason: RefusalReason) -> None:
         """Once for each plan, reason and round it has: who asks again and again does not fill the disk."""
@@ -214,12 +219,15 @@ class Site:
         if stored is not None:
             return stored
         model = self.resources.model(plan)
+        spec = model.spec.at_rank(plan.rank_at(self.policy.section.max_rank))
+        if model.spec.at_rank(plan.lora.r).digest() != plan.adapter_digest:
+            return RefusalReason.ADAPTER_LAYOUT
         try:
-            model.spec.check(request.adapter, "request")
-        except AdapterError:
+            adapter = received(plan, model, spec, request, self._held.get(request.plan_digest, NOTHING))
+        except WireError:
             return RefusalReason.ADAPTER_LAYOUT
-        if model.spec.digest() != plan.adapter_digest:
-            return RefusalReason.ADAPTER_LAYOUT
+        if adapter is None:
+            return RefusalReason.ADAPTER_MISSING
         phase = plan.phase_of(request.round)
         try:
             names = model.trained_in(phase, plan.round_of_phase(request.round))
@@ -244,20 +252,44 @@ class Site:
         if isinstance(reservation, RefusalReason):
             return reservation
         self.audit.append("round reserved", run=request.run_id, round=request.round, request=digest)
-        update, means = self._update(plan, request, reservation, model, names)
+        update, means = self._update(plan, request.round, adapter.adapter, reservation, model, names)
         bounds = metric_bounds(plan.privacy.metrics, model.task.outcomes(model.network))
-        payload = egress.release(update, model.spec.part(names), means, bounds)
+        rounding = self._rounding(plan, model, reservation)
+        outgoing = egress.release(update, spec.part(names), means, bounds, rounding)
         self.audit.append(
             "round released",
             run=request.run_id,
             round=request.round,
             request=digest,
-            release=hashlib.sha256(payload).hexdigest(),
-            size=len(payload),
+            release=hashlib.sha256(outgoing.payload).hexdigest(),
+            size=len(outgoing.payload),
         )
         head = self.audit.sign_head()
-        self.ledger.record(reservation, payload, head)
-        return StoredRelease(payload, head)
+        self.ledger.record(reservation, outgoing.payload, head, outgoing.residual)
+        self._hold(request.plan_digest, adapter.held(kept_after(plan, model, request.round)))
+        return StoredRelease(outgoing.payload, head)
+
+    def _rounding(self, plan: Plan, model: AdaptedModel, reservation: Reservation) -> egress.Rounding:
+        """How the round's release is written. What rounding takes away is carried over within a phase, for tensors
+        whose frame stays: where the server turns A and B, an old residual would point somewhere else."""
+        if plan.wire.up != "int8":
+            return egress.Rounding(plan.wire.up)
+        phase, round = plan.phase_of(reservation.round), plan.round_of_phase(reservation.round)
+        turned = ("A", "B") if moved_by_server(phase) else ()
+        return egress.Rounding(
+            plan.wire.up,
+            draw=lambda name, n: reservation.secret.uniform(f"rounding {name}", 0, n),
+            residual=self.ledger.residual(reservation.plan, phase.name),
+            feeds_back=frozenset(name for name in model.spec.names if model.group_of(name) not in turned),
+            last=round == phase.rounds,
+        )
+
+    def _hold(self, plan: str, held: Held) -> None:
+        """Remembers what the next requests of the plan may leave out, and forgets plans that have ended."""
+        self._held[plan] = held
+        if len(self._held) > 1:
+            going_on = {entry.digest for entry in self.ledger.plans(Decision.APPROVED)}
+            self._held = {digest: one for digest, one in self._held.items() if digest in going_on}
 
     def _rows(self, plan: Plan) -> int:
         """Rows of a physical batch: so many that no unit of several examples is cut in two."""
@@ -266,7 +298,13 @@ class Site:
         return max(self.resources.physical_batch, plan.privacy.max_examples_per_unit)
 
     def _update(
-        self, plan: Plan, request: TrainRequest, reservation: Reservation, model: AdaptedModel, names: tuple[str, ...]
+        self,
+        plan: Plan,
+        round: int,
+        adapter: AdapterState,
+        reservation: Reservation,
+        model: AdaptedModel,
+        names: tuple[str, ...],
     ) -> tuple[AdapterState, dict[str, float]]:
         """The round's update and the means of the plan's metrics, both with their noise."""
         size = self.policy.population_of(plan).public_size
@@ -274,8 +312,8 @@ class Site:
         update = train_round(
             model,
             self._examples(plan, model),
-            request.adapter,
-            plan.phase_of(request.round),
+            adapter,
+            plan.phase_of(round),
             names,
             mechanism,
             reservation.secret,
@@ -288,7 +326,9 @@ class Site:
         """The plan's data; none at all where they cannot be read, since a missing release would tell of that."""
         try:
             return self.resources.examples(plan, model)
-        except Exception:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # a panic of a library in Rust is no Exception
             log.exception("data '%s' cannot be read, so the release is noise; see 'consilium site check'", plan.data)
             return Examples([], model.task)
 

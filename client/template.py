@@ -63,7 +63,7 @@ CHOSEN: Mapping[str, Mapping[str, Any]] = {
 
 EXAMPLES: Mapping[str, Mapping[str, Any]] = {
     "site": {"relay_user": "consilium-relay"},
-    "tls": {"certificate": "site.pem", "key": "site.key", "authority": "coordinator-ca.pem"},
+    "tls": {"certificate": "site.pem", "key": "site.key", "authority": "relay-ca.pem"},
     "separation": {"statement": "separation.json", "key": "ed25519:..."},
     "data.default": {"columns": {"text": "note", "label": "diagnosis"}, "privacy_unit": "patient_id"},
     "device": {"threads": 8},

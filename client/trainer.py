@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
 
+from client import noised_gradient
 from client.privacy.mechanism import PrivacyMechanism
 from client.privacy.metrics import row_metrics
 from client.privacy.sampling import RoundSecret, examples_of
 from common.adapted import AdaptedModel, Cut
 from common.adapter import AdapterState
+from common.algorithms import LOCAL_RULES
 from common.config import PhaseSection
 from common.errors import ConsiliumError
 from common.examples import Batch, Examples
@@ -36,7 +39,9 @@ def train_round(
 ) -> AdapterState:
     """Runs the phase's local steps and returns θ_local − θ_received of exactly ``names``, fp32.
 
-    What is measured on the way stays with the mechanism.
+    A step moves those of them that the algorithm moves in it. The others are frozen meanwhile: they are no part of the
+    vector that is clipped and noised. Each step is one release of the mechanism, with randomness of its own. What is
+    measured on the way stays with the mechanism.
 
     Args:
         rows: rows of one physical batch; with units of several examples at least ``most``.
@@ -46,18 +51,19 @@ def train_round(
     names = tuple(names)
     model.load(received)
     cut = model.cut_for(names, received)
-    with model.training(names) as parameters, torch.random.fork_rng():
-        optimizer = _optimizer(phase, parameters.values())
-        with mechanism.attach(model.peft, parameters, optimizer):
-            for step in range(phase.steps):
-                torch.manual_seed(secret.torch_seed("dropout", step))
-                units = mechanism.sample(examples.unit_count, step)
-                chosen = examples_of(examples.units, units, most, secret, step)
-                for batch in examples.batches(chosen, rows, model, cut):
-                    _accumulate(model, mechanism, examples, batch, rows, cut)
-                mechanism.step(step)
-                step_done()
-        trained = model.state(names)
+    with torch.random.fork_rng():
+        optimizer = _optimizer(model, phase, names)
+        for moving, steps in groupby(range(phase.steps), lambda step: _moving(model, phase, names, step)):
+            with model.training(moving) as parameters, mechanism.attach(model.peft, parameters, optimizer):
+                for step in steps:
+                    torch.manual_seed(secret.torch_seed("dropout", step))
+                    units = mechanism.sample(examples.unit_count, step)
+                    chosen = examples_of(examples.units, units, most, secret, step)
+                    for batch in examples.batches(chosen, rows, model, cut):
+                        _accumulate(model, mechanism, examples, batch, rows, cut)
+                    mechanism.step(step)
+                    step_done()
+    trained = model.state(names)
     with np.errstate(over="ignore", invalid="ignore"):  # of a hostile adapter; the egress gate sends zeros then
         return {name: trained[name] - np.asarray(received[name]) for name in names}
 
@@ -75,7 +81,9 @@ def _accumulate(
         mechanism.accumulate(forward.losses, batch.slots(), forward.measured if mechanism.metrics else None)
     except ConsiliumError:  # the phase or the model cannot be trained at all, with any example
         raise
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a panic of a library in Rust is no Exception
         units = batch.by_unit()
         if len(units) == 1:
             log.warning("a privacy unit failed in training and contributes zero; 'consilium site check' may tell why")
@@ -112,7 +120,21 @@ def _losses(task: Task, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
     return torch.where(batch.weights > 0, losses * batch.weights, torch.zeros_like(losses))
 
 
-def _optimizer(phase: PhaseSection, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _moving(model: AdaptedModel, phase: PhaseSection, names: Iterable[str], step: int) -> tuple[str, ...]:
+    """Those of the trained tensors that a step, from 0, moves."""
+    rule = LOCAL_RULES[phase.algorithm]
+    return tuple(name for name in names if rule.moves(model.group_of(name), step + 1))
+
+
+def _optimizer(model: AdaptedModel, phase: PhaseSection, names: Iterable[str]) -> torch.optim.Optimizer:
+    """One for the whole round; it leaves alone what has no gradient in a step."""
+    with model.training(names) as parameters:
+        optimizer = _fresh(phase, parameters.values())
+    noised_gradient.prepare(optimizer, phase, parameters)
+    return optimizer
+
+
+def _fresh(phase: PhaseSection, parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
     if phase.optimizer == "adamw":
         return torch.optim.AdamW(list(parameters), lr=phase.learning_rate, weight_decay=0.0)
     return torch.optim.SGD(list(parameters), lr=phase.learning_rate)

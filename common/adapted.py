@@ -15,18 +15,19 @@ import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.nn import functional
 
-from common.adapter import AdapterSpec, AdapterState, kaiming_rows, orthonormal_rows
+from common.adapter import FEATURE_MAP, AdapterSpec, AdapterState, kaiming_rows, orthonormal_rows, rank_of
 from common.algorithms import LOCAL_RULES
-from common.config import LoraSection, PhaseSection
+from common.config import LoraSection, PhaseSection, TaskSection
 from common.errors import ModelError
 from common.messages import Tensors
 from common.model import BaseModel, can_checkpoint, checkpointed, layer_stack, pool, top_of
 from common.targets import stored_transposed, target_modules
 from common.tasks.base import Task
 
-Group = Literal["head", "A", "B"]
-"""What a tensor is: the task's head, or the A (down) or B (up) matrix of a LoRA pair."""
+Group = Literal["head", "A", "B", "map"]
+"""What a tensor is: the task's head, the A (down) or B (up) matrix of a LoRA pair, or the public feature map."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class Cut:
     def key(self) -> str:
         """A name for caches."""
         return "features" if self.layer is None else f"layer{self.layer}"
+
+
+def maps_features(settings: TaskSection) -> bool:
+    """Whether a public linear map stands before the head."""
+    return settings.feature_map == "held-out-texts"
 
 
 INPUT = Cut(0)
@@ -59,6 +65,8 @@ class AdaptedModel:
         self.depth = len(layer_stack(self._encoder) or ())
         self.first_adapted = self._first_adapted()
         self._heads = self._head_names()
+        self.levels = task.settings.feature_levels if self._pools and maps_features(task.settings) else 1
+        self._map = self._feature_map()
         self.peft: PeftModel = self._attach()
         self._parameters = self._canonical_parameters()
         self.spec = AdapterSpec.of(base.digest, {name: tuple(p.shape) for name, p in self._parameters.items()})
@@ -113,9 +121,38 @@ class AdaptedModel:
                 parameter.data = parameter.data.float()
         return peft
 
+    @property
+    def maps_features(self) -> bool:
+        """Whether a public linear map stands before the head."""
+        return self._map is not None
+
+    @property
+    def width(self) -> int:
+        """Entries H of a hidden state."""
+        return int(self.network.config.hidden_size)
+
+    @property
+    def feature_width(self) -> int:
+        """Entries of the frozen features of an example: pooled states of all levels, joined."""
+        return self.levels * self.width
+
+    def _feature_map(self) -> nn.Linear | None:
+        settings = self.task.settings
+        if not (self._pools and maps_features(settings)):
+            return None
+        if self.depth < self.levels or settings.feature_rank > self.width:
+            raise ModelError(
+                f"task.feature_levels = {self.levels}, task.feature_rank = {settings.feature_rank}: the model has "
+                f"{self.depth} layers of width {self.width}; lower them, or set task.feature_map = 'none'"
+            )
+        return nn.Linear(self.feature_width, settings.feature_rank, device=self.base.placement.device)
+
     def _canonical_parameters(self) -> dict[str, nn.Parameter]:
         """Canonical PEFT name → parameter, for everything the adapter consists of."""
         found = {}
+        if self._map is not None:
+            found.update({f"{FEATURE_MAP}{name}": one for name, one in self._map.named_parameters()})
+            self._map.requires_grad_(False)
         for name, parameter in self.peft.named_parameters():
             if parameter.requires_grad:
                 found[name.replace(".modules_to_save.default", "").replace(".default", "")] = parameter
@@ -123,13 +160,15 @@ class AdaptedModel:
 
     def group_of(self, name: str) -> Group:
         """Whether a tensor is the head, an A or a B matrix."""
+        if name.startswith(FEATURE_MAP):
+            return "map"
         if ".lora_A." in name:
             return "A"
         return "B" if ".lora_B." in name else "head"
 
     def layer_of(self, name: str) -> int | None:
         """The layer a LoRA tensor sits in, counted from the input; ``None`` for the head."""
-        if self.group_of(name) == "head":
+        if self.group_of(name) in ("head", "map"):
             return None
         return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
@@ -149,10 +188,13 @@ class AdaptedModel:
 
     # ---- state ------------------------------------------------------------------------------------------------
 
-    def initial_state(self, seed: int, orthonormal: bool) -> AdapterState:
+    def initial_state(self, seed: int, orthonormal: bool, feature_map: Tensors | None = None) -> AdapterState:
         """The adapter before round 1, from public information only: B = 0, A from the public seed, head per task.
 
         A has orthonormal rows (``ffa``), or LoRA's usual uniform entries (Hu et al. 2021, arXiv 2106.09685).
+
+        Args:
+            feature_map: what :func:`common.feature_map.fitted` has found, where the model has one; else it is zero.
         """
         state: AdapterState = {}
         for name, shape in self.spec.shapes:
@@ -162,6 +204,11 @@ class AdaptedModel:
                 state[name] = orthonormal_rows(shape[0], shape[1], seed, name)
             else:
                 state[name] = kaiming_rows(shape[0], shape[1], seed, name)
+        state.update(feature_map or {})
+        if self._map is not None:
+            with torch.no_grad():
+                for name, parameter in self._map.named_parameters():
+                    parameter.copy_(torch.from_numpy(state[f"{FEATURE_MAP}{name}"]))
         if self._heads:
             state.update(self._initial_head())
         return state
@@ -173,26 +220,31 @@ class AdaptedModel:
         if settings.head_init != "label-names" or self.base.pooling == "model" or len(weights) != 1:
             return {}
         embedded = self._embed(list(settings.labels))
+        scale = settings.head_scale or (1.0 if self._map is None else 3.0)
         embedded -= embedded.mean(axis=0)
         norms = np.linalg.norm(embedded, axis=1, keepdims=True)
-        return {weights[0]: np.ascontiguousarray(settings.head_scale * embedded / np.maximum(norms, 1e-6), np.float32)}
+        return {weights[0]: np.ascontiguousarray(scale * embedded / np.maximum(norms, 1e-6), np.float32)}
 
     def _embed(self, texts: list[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
         rows = []
         for text in texts:
             ids = torch.tensor([self.base.tokenizer(text)["input_ids"]], device=self.base.placement.device)
-            rows.append(self.prefix(ids, torch.ones_like(ids), Cut(None))[0].float().cpu().numpy())
+            with torch.no_grad():
+                features = self._mapped(self.prefix(ids, torch.ones_like(ids), Cut(None)))
+            rows.append(features[0].float().cpu().numpy())
         return np.stack(rows)
 
     def load(self, state: Tensors) -> None:
-        """Puts a full adapter state in place.
+        """Puts a full adapter state in place, at whatever rank it has; the scale of ``B A`` stays as it is.
 
         Raises:
             AdapterError: another layout.
         """
-        self.spec.check(state, "adapter")
+        self.spec.at_rank(rank_of(state) or self.lora.r).check(state, "adapter")
         with torch.no_grad():
             for name, parameter in self._parameters.items():
+                if parameter.shape != state[name].shape:
+                    parameter.data = parameter.new_empty(state[name].shape)
                 parameter.copy_(torch.from_numpy(np.asarray(state[name])))
 
     def state(self, names: Iterable[str] | None = None) -> AdapterState:
@@ -261,7 +313,8 @@ class AdaptedModel:
         stock head pools in its own way."""
         if self.task.selects_pooling and not self._pools:
             return INPUT
-        return Cut(self.first_adapted) if self.first_adapted and self._top(self.first_adapted) is not None else INPUT
+        lowest = min(self.first_adapted, self.depth - self.levels + 1)  # pooled levels belong to the top
+        return Cut(lowest) if lowest > 0 and self._top(lowest) is not None else INPUT
 
     def features(self, hidden: torch.Tensor, mask: torch.Tensor, cut: Cut) -> torch.Tensor:
         """Frozen pooled features [B, H] from what ``prefix`` returned at a layer cut."""
@@ -269,7 +322,7 @@ class AdaptedModel:
         view = self._top(cut.layer)
         assert view is not None
         with self._base_alone():
-            return pool(view(inputs_embeds=hidden, attention_mask=mask).last_hidden_state, mask, self.base.pooling)
+            return self._pooled(view, mask, inputs_embeds=hidden)
 
     def _top(self, layer: int) -> nn.Module | None:
         if layer not in self._tops:
@@ -287,6 +340,10 @@ class AdaptedModel:
                 cut = view(inputs_embeds=self._hidden_before(layer, ids, mask), attention_mask=mask).last_hidden_state
             except (AttributeError, RuntimeError, TypeError, ValueError):
                 return False
+                if self.levels > 1:
+                    hidden = self._hidden_before(layer, ids, mask)
+                    whole = self._pooled(self._encoder, mask, input_ids=ids)
+                    cut = self._pooled(view, mask, inputs_embeds=hidden)
             if not self.task.selects_pooling:
                 whole, cut = self._stock(ids, mask), self._head(cut)
         return cut.shape == whole.shape and torch.allclose(cut, whole, rtol=1e-4, atol=1e-5)
@@ -313,7 +370,7 @@ class AdaptedModel:
         """
         with self._base_alone():
             if cut.layer is None:
-                return pool(self._encode(input_ids=ids, attention_mask=mask), mask, self.base.pooling)
+                return self._pooled(self._encoder, mask, input_ids=ids)
             return self._hidden_before(cut.layer, ids, mask)
 
     def _hidden_before(self, layer: int, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -348,12 +405,39 @@ class AdaptedModel:
         if cut == INPUT:
             if self.base.pooling == "model":
                 return self._stock(hidden, mask)
-            states = self._encode(input_ids=hidden, attention_mask=mask)
+            network, inputs = self._encoder, {"input_ids": hidden}
         else:
             view = self._top(cut.layer)
             assert view is not None
-            states = view(inputs_embeds=hidden, attention_mask=mask).last_hidden_state
-        return self._head(pool(states, mask, self.base.pooling) if self.task.selects_pooling else states)
+            network, inputs = view, {"inputs_embeds": hidden}
+        if self.task.selects_pooling:
+            return self._head(self._pooled(network, mask, **inputs))
+        return self._head(network(attention_mask=mask, **inputs).last_hidden_state)
+
+    def _pooled(self, network: nn.Module, mask: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+        """Pooled states [B, levels · H] of the top levels, the lowest first."""
+        states: list[torch.Tensor] = []
+
+        def keep(_: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> None:
+            states.append(arguments[0] if arguments else keywords["hidden_states"])
+
+        # Not output_hidden_states: the top's view and the encoder share layers, and each would record for the other.
+        stack = list(layer_stack(self._encoder) or ())
+        upper = stack[len(stack) - self.levels + 1 :]
+        hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in upper]
+        try:
+            states.append(network(attention_mask=mask, **inputs).last_hidden_state)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.cat([pool(one, mask, self.base.pooling) for one in states], dim=-1)
+
+    def _mapped(self, features: torch.Tensor) -> torch.Tensor:
+        """What the head sees of pooled features [B, levels · H]: all of them, or [B, H] of the map, filled up with 0."""
+        if self._map is None:
+            return features
+        mapped = self._map(features.float())
+        return functional.pad(mapped, (0, self.width - mapped.shape[-1]))
 
     def _stock(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Logits as the stock class computes them."""
@@ -368,12 +452,18 @@ class AdaptedModel:
             logits: torch.Tensor = output(features)
             return logits
         head: Any = getattr(self.network, self._heads[0])
-        logits = head(features.float())
+        logits = head(self._mapped(features).float())
         return logits
 
-    def peft_config(self) -> dict[str, Any]:
-        """PEFT's own description of the adapter, as plain JSON values; the base is named by digest, not by a path."""
+    def peft_config(self, lora: LoraSection | None = None) -> dict[str, Any]:
+        """PEFT's own description of the adapter, as plain JSON values; the base is named by digest, not by a path.
+
+        Args:
+            lora: the settings at the rank of an adapter that has another than this model's.
+        """
         config = self.peft.peft_config["default"].to_dict()
+        if lora is not None:
+            config["r"], config["lora_alpha"] = lora.r, lora.alpha
         config["base_model_name_or_path"] = None
         config["inference_mode"] = True
         return {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}

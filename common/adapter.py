@@ -24,6 +24,10 @@ AdapterState = dict[str, npt.NDArray[np.float32]]
 """Canonical name → fp32 array, C-contiguous."""
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+MAP_FILE = "feature_map.safetensors"
+"""The public feature map, where there is one; beside the weights, since PEFT knows no such tensors."""
+FEATURE_MAP = "feature_map."
+"""How the names of the map's tensors start."""
 CARD_FILE = "consilium.json"
 
 
@@ -54,6 +58,10 @@ class AdapterSpec:
         chosen = set(names)
         return AdapterSpec(self.base_digest, tuple(pair for pair in self.shapes if pair[0] in chosen))
 
+    def at_rank(self, rank: int) -> AdapterSpec:
+        """The same adapter with LoRA pairs of another rank."""
+        return AdapterSpec(self.base_digest, tuple((name, _at_rank(name, shape, rank)) for name, shape in self.shapes))
+
     def check(self, tensors: Tensors, what: str) -> None:
         """Refuses tensors that do not have exactly these names and shapes in fp32.
 
@@ -76,6 +84,24 @@ class AdapterSpec:
                     f"{what}: '{name}' is {array.dtype}{list(array.shape)}, expected float32{list(shape)}; "
                     "use an adapter made with the same model, task and [lora] settings"
                 )
+
+
+def lora_pairs(names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """The names of B and A of each LoRA pair of which both are there, sorted."""
+    known = set(names)
+    pairs = ((name, name.replace(".lora_B.", ".lora_A.")) for name in sorted(known) if ".lora_B." in name)
+    return tuple((b, a) for b, a in pairs if a in known)
+
+
+def rank_of(tensors: Tensors) -> int | None:
+    """The rank of the first LoRA pair; ``None`` without one. That all pairs share it, a spec's check says."""
+    return next((int(tensors[a].shape[0]) for _, a in lora_pairs(tensors)), None)
+
+
+def _at_rank(name: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
+    if ".lora_A." in name:
+        return (rank, *shape[1:])
+    return (*shape[:1], rank) if ".lora_B." in name else shape
 
 
 def orthonormal_rows(rows: int, columns: int, seed: int, name: str) -> npt.NDArray[np.float32]:
@@ -104,7 +130,11 @@ def _generator(seed: int, name: str) -> np.random.Generator:
 def save_adapter(folder: Path, state: Tensors, peft_config: Mapping[str, Any], card: Mapping[str, Any]) -> None:
     """Writes a plain PEFT adapter folder plus ``consilium.json`` (task, labels, pooling, base digest, privacy)."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: np.ascontiguousarray(state[name]) for name in sorted(state)}, folder / WEIGHTS_FILE)
+    whole = {name: np.ascontiguousarray(state[name]) for name in sorted(state)}
+    mapped = {name: array for name, array in whole.items() if name.startswith(FEATURE_MAP)}
+    save_file({name: array for name, array in whole.items() if name not in mapped}, folder / WEIGHTS_FILE)
+    if mapped:
+        save_file(mapped, folder / MAP_FILE)
     (folder / "adapter_config.json").write_text(json.dumps(peft_config, indent=2, sort_keys=True), encoding="utf-8")
     (folder / CARD_FILE).write_text(json.dumps(card, indent=2, ensure_ascii=False), encoding="utf-8")
 
@@ -120,6 +150,7 @@ def load_adapter(folder: Path) -> tuple[AdapterState, dict[str, Any]]:
             raise AdapterError(f"adapter {folder}: {name} is missing; give the DIR/adapter folder of a finished run")
     try:
         card = json.loads((folder / CARD_FILE).read_text(encoding="utf-8"))
-        return dict(load_file(folder / WEIGHTS_FILE)), card
+        mapped = load_file(folder / MAP_FILE) if (folder / MAP_FILE).is_file() else {}
+        return {**load_file(folder / WEIGHTS_FILE), **mapped}, card
     except Exception as error:
         raise AdapterError(f"adapter {folder}: cannot be read ({error}); copy the folder again") from None

@@ -40,6 +40,10 @@ class LocalRule:
     own_rank: bool = False
     """Whether a site may train at a smaller rank than the plan's."""
 
+    def moves(self, group: str, step: int) -> bool:
+        """Whether a local step of the round, from 1, moves a trained tensor of the group; all but A and B always."""
+        return group not in ("A", "B") or group in self.moves_in_step(step)
+
 
 LOCAL_RULES: dict[str, LocalRule] = {
     # Zhang et al. 2023, arXiv 2305.05644: sites train both matrices, the server averages each.

@@ -7,6 +7,7 @@ site's own ``site.toml`` (``client/config.py``); in a simulation ``[data]`` and 
 
 from __future__ import annotations
 
+from math import sqrt
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -62,10 +63,19 @@ class TaskSection(Section):
     pooling: Literal["auto", "mean", "cls", "last", "model"] = "auto"
     """How token states become one feature vector. ``auto``: ``mean`` where the model's own files say it was trained so,
     ``last`` for decoders, else ``model`` (the stock head's own way; its features cannot be cached)."""
+    feature_map: Literal["auto", "none", "held-out-texts"] = "auto"
+    """What the head sees. ``none``: the pooled states of the last layer. ``held-out-texts``: the pooled states of the top
+    ``feature_levels`` levels, joined and brought to ``feature_rank`` coordinates by a public linear map, which the
+    server takes from its own held-out texts (without their labels); fewer coordinates means less noise under DP.
+    ``auto``: ``held-out-texts`` with the default recipe, where the model and its pooling allow it."""
+    feature_levels: Count = 3
+    """Levels of hidden states that the map joins, counted from the top."""
+    feature_rank: Count = 96
+    """Coordinates that the map keeps, at most the width of the model."""
     head_init: Literal["label-names", "zero"] = "label-names"
     """How the classification head starts: from the embeddings of the label names (public text), or at zero."""
-    head_scale: Positive = 1.0
-    """Norm of each row of a head initialised from label names."""
+    head_scale: Positive | None = None
+    """Norm of each row of a head initialised from label names. Empty: 3 with a feature map, else 1."""
     prompt_template: str = "{prompt}\n"
     """Causal LM: text before the completion; ``{prompt}`` is replaced. ``chat`` uses the tokenizer's chat template."""
 
@@ -113,6 +123,17 @@ class LoraSection(Section):
     """Adapt only the top so many layers. Empty: all layers."""
     use_rslora: bool = False
     """Rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732)."""
+
+    @property
+    def scale(self) -> float:
+        """What ``B A`` is multiplied by."""
+        return self.alpha / (sqrt(self.r) if self.use_rslora else self.r)
+
+    def at_rank(self, rank: int) -> LoraSection:
+        """The same adapter at another rank and the same scale."""
+        if rank == self.r:
+            return self
+        return self.model_copy(update={"r": rank, "alpha": self.scale * (sqrt(rank) if self.use_rslora else rank)})
 
 
 class PrivacySection(Section):
@@ -272,6 +293,9 @@ class SimulationSection(Section):
     """Keys of sampling and noise at the simulated sites; a deployment takes them from the operating system."""
     public_size: Literal["exact", "rounded"] = "exact"
     """Each site's declared size: its true row count, or that rounded down to two significant digits."""
+    ranks: tuple[Count, ...] = ()
+    """Largest LoRA rank that each site allows, dealt out in the order of the sites' names, again and again. Empty: the
+    plan's. A rank below ``lora.r`` needs an algorithm that lets sites choose theirs (``flexlora``)."""
     physical_batch: Count = 8
     """Rows of one forward and backward pass."""
     device: str = "auto"
@@ -303,9 +327,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
         if not self.phases:
-            known = {task for task, _ in DEFAULT_PHASES}
             raise ValueError(
-                f"task.name = '{self.task.name}': has no default recipe{did_you_mean(self.task.name, known)}; "
+                f"task.name = '{self.task.name}': has no default recipe{did_you_mean(self.task.name, RECIPES)}; "
                 "correct the name, or write at least one [[phase]]"
             )
         names = [phase.name for phase in self.phases]
@@ -320,6 +343,17 @@ class RunConfig(Section):
                 )
         return self
 
+    @model_validator(mode="after")
+    def _ranks_are_free(self) -> RunConfig:
+        bound = [phase for phase in self.phases if "lora" in phase.train and not LOCAL_RULES[phase.algorithm].own_rank]
+        least = min(self.simulation.ranks, default=self.lora.r)
+        if bound and least < self.lora.r:
+            raise ValueError(
+                f"simulation.ranks: a site of rank {least} refuses phase '{bound[0].name}', whose algorithm "
+                f"'{bound[0].algorithm}' needs lora.r = {self.lora.r} of everybody; use algorithm = 'flexlora'"
+            )
+        return self
+
     @property
     def unit(self) -> str:
         """The privacy unit's name."""
@@ -328,27 +362,31 @@ class RunConfig(Section):
     @property
     def phases(self) -> tuple[PhaseSection, ...]:
         """The phases as written, or the task's default recipe where none is written."""
-        return self.phase or DEFAULT_PHASES.get((self.task.name, self.privacy.mechanism), ())
+        return self.phase or default_phases(self.task.name, self.privacy)
 
     def without_privacy(self) -> RunConfig:
         """The same run without a mechanism; the default recipe gives way to that for gradients that are not clipped."""
-        recipe, mechanism = self.phases, {"mechanism": "none"}
-        if recipe == DEFAULT_PHASES.get((self.task.name, self.privacy.mechanism)):
-            recipe = DEFAULT_PHASES[self.task.name, "none"]
-        return self.model_copy(update={"privacy": self.privacy.model_copy(update=mechanism), "phase": recipe})
+        privacy = self.privacy.model_copy(update={"mechanism": "none"})
+        usual = self.phases == default_phases(self.task.name, self.privacy)
+        recipe = default_phases(self.task.name, privacy) if usual else self.phases
+        return self.model_copy(update={"privacy": privacy, "phase": recipe})
 
 
-_HEAD = PhaseSection(
-    name="head",
-    rounds=40,
-    sample_rate=1.0,
-    train=("head",),
-    learning_rate=32.0,
-    clip_norm=0.25,
-    server_momentum=0.8,
-    budget_share=0.92,
-)
-_UNCLIPPED_HEAD = _HEAD.model_copy(update={"learning_rate": 8.0, "server_momentum": 0.9})
+def _head(epsilon: float) -> PhaseSection:
+    """Full-batch steps of the head on frozen features. Less noise allows longer steps."""
+    return PhaseSection(
+        name="head",
+        rounds=60,
+        sample_rate=1.0,
+        train=("head",),
+        learning_rate=round(26.0 * epsilon**0.75, 1),
+        clip_norm=0.25,
+        server_momentum=0.8,
+        budget_share=0.92,
+    )
+
+
+_UNCLIPPED_HEAD = _head(8.0).model_copy(update={"learning_rate": 8.0, "server_momentum": 0.9})
 _LORA = PhaseSection(
     name="lora",
     rounds=4,
@@ -361,12 +399,18 @@ _LORA = PhaseSection(
 )
 _LANGUAGE = PhaseSection(name="lora", rounds=10, steps=4, sample_rate=0.05, train=("lora",), learning_rate=0.5)
 
-# The head on frozen pooled features first, one full-batch step a round, from the label names; then FFA-LoRA. A clipped
-# gradient is shorter than a free one, so the two want learning rates of their own.
-# Chosen on validation data of medquad_qtype (benchmarks/medquad.py); that choice is not charged to any ε.
-DEFAULT_PHASES: dict[tuple[str, str], tuple[PhaseSection, ...]] = {
-    ("sequence-classification", "dp-sgd"): (_HEAD, _LORA),
-    ("sequence-classification", "none"): (_UNCLIPPED_HEAD, _LORA),
-    ("causal-lm", "dp-sgd"): (_LANGUAGE,),
-    ("causal-lm", "none"): (_LANGUAGE,),
-}
+RECIPES = ("sequence-classification", "causal-lm")
+"""Tasks that have a default recipe."""
+
+
+def default_phases(task: str, privacy: PrivacySection) -> tuple[PhaseSection, ...]:
+    """The default recipe of a task; none for a task that has none.
+
+    The head on frozen pooled features first, one full-batch step a round, from the label names; then FFA-LoRA. A
+    clipped gradient is shorter than a free one, so the two want learning rates of their own. Chosen on validation data
+    of medquad_qtype (benchmarks/medquad.py); that choice is not charged to any ε.
+    """
+    if task == "sequence-classification":
+        private = privacy.mechanism != "none" and privacy.epsilon is not None
+        return (_head(privacy.epsilon) if private and privacy.epsilon else _UNCLIPPED_HEAD, _LORA)
+    return (_LANGUAGE,) if task == "causal-lm" else ()

@@ -193,6 +193,10 @@ class Examples:
     def _units(self, chosen: npt.NDArray[np.int64]) -> npt.NDArray[np.int64] | None:
         return None if self.units is None else self.units[chosen]
 
+    def frozen_features(self, model: AdaptedModel, rows: int) -> torch.Tensor:
+        """Pooled features of all examples without an adapter [n, levels · H], kept for later batches."""
+        return self._features(np.arange(len(self)), rows, model)
+
     def _prefixes(self, model: AdaptedModel, cut: Cut, rows: int) -> Prefixes:
         """The frozen prefix of every example, found or computed on first use and kept for this model and cut."""
         key = (model.base.digest, model.base.placement.dtype, rows, cut)
@@ -211,7 +215,8 @@ class Examples:
 
     def _compute(self, kept: PrefixCache, model: AdaptedModel, cut: Cut, rows: int) -> Prefixes:
         lengths = self._lengths if cut.layer is not None else np.ones(len(self), np.int64)
-        layout = Layout(lengths, int(model.network.config.hidden_size), model.base.placement.dtype)
+        width = model.width if cut.layer is not None else model.feature_width
+        layout = Layout(lengths, width, model.base.placement.dtype)
         origin = self._origin(model, rows)
         if (found := kept.find(cut, origin, layout)) is not None:
             return found
@@ -250,7 +255,7 @@ class Examples:
         """Digest of all that decides the frozen activations, to the last bit, but for the cut."""
         placement = model.base.placement
         values = [model.base.digest, self.task.name, model.base.pooling, self.task.settings.max_length, rows]
-        values += [str(placement.dtype), placement.device.type, torch.__version__, transformers.__version__]
+        values += [model.levels, str(placement.dtype), placement.device.type, torch.__version__, transformers.__version__]
         return hashlib.sha256(json.dumps([*values, self._content]).encode()).hexdigest()
 
 

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,13 @@ import numpy.typing as npt
 SCHEMA_VERSION = 1
 Tensors = Mapping[str, npt.NDArray[np.float32]]
 """Canonical name → fp32 array."""
+WireTensors = Mapping[str, npt.NDArray[Any]]
+"""Tensors in the number format they travel in (:mod:`common.number_formats`); in fp32 the tensors themselves."""
+LARGEST_TRANSFER = 512 << 20
+"""Bytes of tensor data in one message; more is refused with the figure."""
+INITIAL = "initial"
+"""In place of a tensor's digest: as it is before round 1, which each side makes from the plan's public seed. The bits
+are not covered, since the linear algebra of two machines may round differently."""
 
 
 class RefusalReason(StrEnum):
@@ -48,7 +55,9 @@ class RefusalReason(StrEnum):
     REQUEST_CHANGED = "request-changed"
     """The round was already served for another request."""
     ADAPTER_LAYOUT = "adapter-layout"
-    """The adapter in the request does not have the plan's layout."""
+    """The adapter in the request does not have the plan's layout or number format."""
+    ADAPTER_MISSING = "adapter-missing"
+    """The request leaves out tensors that the site does not hold (any more); asked in full, it answers."""
     MODEL = "model"
     """The plan's model cannot be trained privately as the plan asks: one record could move another's gradient."""
     SEED_LOST = "seed-lost"
@@ -130,15 +139,21 @@ class TrainRequest:
     round: int
     """From 1 over all phases."""
     plan_digest: str
-    adapter: Tensors = field(repr=False)
+    adapter: WireTensors = field(repr=False)
+    """The tensors that travel. Of the others the site holds what it was last sent, or what the plan starts with."""
+    adapter_digest: str = ""
+    """Of the whole adapter (:func:`adapter_digest`); left out where all of it travels in fp32."""
     schema_version: int = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        if not self.adapter_digest:
+            digests = {name: tensor_digest(array) for name, array in self.adapter.items()}
+            object.__setattr__(self, "adapter_digest", adapter_digest(digests))
+
     def digest(self) -> str:
-        """SHA-256 over the fields and each tensor's name, shape and raw little-endian bytes, in name order."""
-        state = hashlib.sha256()
-        state.update(f"train-request\0{self.run_id}\0{self.round}\0{self.plan_digest}\0".encode())
-        hash_tensors(state, self.adapter)
-        return state.hexdigest()
+        """SHA-256 over run, round, plan and the whole adapter, however much of it travels."""
+        fields = ("train-request", self.run_id, str(self.round), self.plan_digest, self.adapter_digest)
+        return hashlib.sha256("\0".join(fields).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -149,8 +164,8 @@ class Release:
     run_id: str
     round: int
     request_digest: str
-    update: Tensors = field(repr=False)
-    """θ_local − θ_received of exactly the tensors this round trains."""
+    update: WireTensors = field(repr=False)
+    """θ_local − θ_received of exactly the tensors this round trains, in the plan's number format."""
     head: str = ""
     """The signed head of the site's audit log at this release: how many lines, and the hash of the last."""
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -198,21 +213,31 @@ METRIC = "metrics/"
 """Marks a metric among the tensors of a stored release; no tensor's name starts with it."""
 
 
-def joined(update: Tensors, metrics: Mapping[str, float]) -> dict[str, npt.NDArray[np.float32]]:
+def joined(update: WireTensors, metrics: Mapping[str, float]) -> dict[str, npt.NDArray[Any]]:
     """Tensors and metrics of a release in one mapping, each metric as an fp32 scalar."""
     return {**update, **{METRIC + name: np.array(value, np.float32) for name, value in metrics.items()}}
 
 
-def parted(stored: Tensors) -> tuple[dict[str, npt.NDArray[np.float32]], dict[str, float]]:
+def parted(stored: WireTensors) -> tuple[dict[str, npt.NDArray[Any]], dict[str, float]]:
     """What :func:`joined` has joined."""
     update = {name: array for name, array in stored.items() if not name.startswith(METRIC)}
     metrics = {name.removeprefix(METRIC): stored[name].item() for name in sorted(stored.keys() - update.keys())}
     return update, metrics
 
 
-def hash_tensors(state: hashlib._Hash, tensors: Tensors) -> None:
-    """Feeds name, dtype, shape and raw bytes of each tensor into ``state``, in name order."""
-    for name in sorted(tensors):
-        array = np.asarray(tensors[name], order="C")
-        state.update(f"{name}\0{array.dtype.str}\0{array.shape}\0".encode())
-        state.update(array.data)
+def tensor_digest(array: npt.NDArray[Any]) -> str:
+    """SHA-256 over type, shape and raw little-endian bytes."""
+    whole = np.asarray(array, order="C")
+    state = hashlib.sha256(f"{whole.dtype.str}\0{whole.shape}\0".encode())
+    state.update(whole.data)
+    return state.hexdigest()
+
+
+def adapter_digest(digests: Mapping[str, str]) -> str:
+    """SHA-256 over each tensor's name and digest, in name order.
+
+    Args:
+        digests: name → :func:`tensor_digest` of the fp32 tensor, or ``INITIAL``.
+    """
+    lines = "".join(f"{name}\0{digests[name]}\0" for name in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()

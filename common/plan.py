@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from common.algorithms import LOCAL_RULES
 from common.config import (
     SCHEMA_VERSION,
     LoraSection,
@@ -85,6 +86,12 @@ class Plan(Section):
         while first > 1 and self.phase_of(first - 1).name == phase.name:
             first -= 1
         return round - first + 1
+
+    def rank_at(self, max_rank: int) -> int:
+        """The LoRA rank of a site that allows at most ``max_rank``: its own where every phase's algorithm lets it
+        choose, else the plan's, which it then refuses if that is larger."""
+        rules = [LOCAL_RULES[phase.algorithm] for phase in self.phases if "lora" in phase.train]
+        return max(1, min(self.lora.r, max_rank)) if all(rule.own_rank for rule in rules) else self.lora.r
 
     def canonical(self) -> str:
         """Canonical JSON."""

@@ -33,10 +33,11 @@ def prefix_by_row(model: AdaptedModel, ids: torch.Tensor, mask: torch.Tensor, cu
     """
     try:
         return model.prefix(ids, mask, cut)
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a panic of a library in Rust is no Exception
         log.warning("a batch failed in the frozen prefix; its rows are computed one by one")
-    width = int(model.network.config.hidden_size)
-    shape = (len(ids), width) if cut.layer is None else (*ids.shape, width)
+    shape = (len(ids), model.feature_width) if cut.layer is None else (*ids.shape, model.width)
     hidden = torch.full(shape, torch.nan, device=ids.device, dtype=model.base.placement.dtype)
     for row in range(examples):
         alone = torch.arange(len(ids), device=ids.device).unsqueeze(1) == row
@@ -45,7 +46,9 @@ def prefix_by_row(model: AdaptedModel, ids: torch.Tensor, mask: torch.Tensor, cu
         pads = torch.full_like(ids, model.base.tokenizer.pad_token_id or 0)
         try:
             hidden[row] = model.prefix(torch.where(alone, ids, pads), torch.where(alone, mask, first), cut)[row]
-        except Exception:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
             log.warning("an example failed in the frozen prefix and contributes zero")
     return hidden
 

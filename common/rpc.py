@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import grpc
 import numpy as np
@@ -14,6 +15,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from common.errors import ConnectionFailed, WireError
 from common.messages import (
+    LARGEST_TRANSFER,
     SCHEMA_VERSION,
     DescribeRequest,
     Pending,
@@ -24,17 +26,20 @@ from common.messages import (
     RefusalReason,
     Release,
     SiteDescription,
-    Tensors,
     TrainReply,
     TrainRequest,
+    WireTensors,
 )
 from common.protos import site_pb2 as pb
 from common.protos import site_pb2_grpc
 
 CHUNK = 1 << 20
 """Bytes of tensor data in one frame; far below gRPC's 4 MiB message limit."""
-LARGEST_TRANSFER = 512 << 20
-"""Bytes of tensor data in one message; more is refused with the figure."""
+_TYPES: dict[pb.ElementType, np.dtype[Any]] = {
+    pb.FLOAT32: np.dtype("<f4"),
+    pb.UINT16: np.dtype("<u2"),
+    pb.INT8: np.dtype("i1"),
+}
 
 
 def train_request_frames(request: TrainRequest) -> Iterator[pb.TrainRequestFrame]:
@@ -45,6 +50,7 @@ def train_request_frames(request: TrainRequest) -> Iterator[pb.TrainRequestFrame
         round=request.round,
         plan_digest=request.plan_digest,
         layout=_layout(request.adapter),
+        adapter_digest=request.adapter_digest,
     )
     yield pb.TrainRequestFrame(header=header)
     for chunk in _chunks(request.adapter):
@@ -68,6 +74,7 @@ def train_request_of(frames: Iterable[pb.TrainRequestFrame]) -> TrainRequest:
         round=header.round,
         plan_digest=header.plan_digest,
         adapter=_tensors(header.layout, _chunks_of(stream)),
+        adapter_digest=header.adapter_digest,
         schema_version=header.schema_version,
     )
 
@@ -207,19 +214,29 @@ def description_of(message: pb.SiteDescription) -> SiteDescription:
     )
 
 
-def _layout(tensors: Tensors) -> list[pb.TensorLayout]:
+def _layout(tensors: WireTensors) -> list[pb.TensorLayout]:
     size = sum(array.nbytes for array in tensors.values())
     if size > LARGEST_TRANSFER:
         raise WireError(
             f"adapter: {size / 2**20:.0f} MiB exceeds the limit of {LARGEST_TRANSFER >> 20} MiB for one message; "
             "lower lora.r or adapt fewer modules"
         )
-    return [pb.TensorLayout(name=name, shape=tensors[name].shape) for name in sorted(tensors)]
+    return [
+        pb.TensorLayout(name=name, shape=tensors[name].shape, type=_type_of(name, tensors[name]))
+        for name in sorted(tensors)
+    ]
 
 
-def _chunks(tensors: Tensors) -> Iterator[bytes]:
+def _type_of(name: str, array: np.ndarray[Any, Any]) -> pb.ElementType:
+    for kind, stored in _TYPES.items():
+        if array.dtype == stored:
+            return kind
+    raise WireError(f"message: tensor '{name}' is {array.dtype}, expected float32, uint16 or int8")
+
+
+def _chunks(tensors: WireTensors) -> Iterator[bytes]:
     for name in sorted(tensors):
-        raw = np.asarray(tensors[name], "<f4", order="C").tobytes()
+        raw = np.asarray(tensors[name], tensors[name].dtype.newbyteorder("<"), order="C").tobytes()
         for start in range(0, len(raw), CHUNK):
             yield raw[start : start + CHUNK]
 
@@ -236,27 +253,33 @@ def _chunks_of(frames: Iterable[pb.TrainRequestFrame | pb.TrainReplyFrame]) -> I
         yield frame.chunk
 
 
-def _tensors(layout: Iterable[pb.TensorLayout], chunks: Iterable[bytes]) -> dict[str, np.ndarray]:
-    tensors: dict[str, np.ndarray] = {}
+def _tensors(layout: Iterable[pb.TensorLayout], chunks: Iterable[bytes]) -> dict[str, np.ndarray[Any, Any]]:
+    tensors: dict[str, np.ndarray[Any, Any]] = {}
     stream = iter(chunks)
     # Python's integers: a product of announced sizes may exceed 64 bits
-    expected = sum(4 * prod(entry.shape) for entry in layout)
+    expected = sum(_bytes(entry) for entry in layout)
     if expected > LARGEST_TRANSFER:
         raise WireError(f"message: announces {expected / 2**20:.0f} MiB, more than {LARGEST_TRANSFER >> 20} MiB")
     for entry in layout:
         if entry.name in tensors:
             raise WireError(f"message: tensor '{entry.name}' is announced twice")
-        size = 4 * prod(entry.shape)
+        size = _bytes(entry)
         raw = bytearray()
         while len(raw) < size:
             chunk = next(stream, b"")
             if not chunk or len(raw) + len(chunk) > size:
                 raise WireError(f"message: the bytes of tensor '{entry.name}' do not match its shape")
             raw += chunk
-        tensors[entry.name] = np.frombuffer(raw, "<f4").reshape(tuple(entry.shape))
+        tensors[entry.name] = np.frombuffer(raw, _TYPES[entry.type]).reshape(tuple(entry.shape))
     if next(stream, None) is not None:
         raise WireError("message: more bytes than its layout announces")
     return tensors
+
+
+def _bytes(entry: pb.TensorLayout) -> int:
+    if entry.type not in _TYPES:
+        raise WireError(f"message: tensor '{entry.name}' has elements of a type that this installation does not know")
+    return _TYPES[entry.type].itemsize * int(prod(entry.shape))
 
 
 @dataclass(frozen=True)

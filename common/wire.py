@@ -1,13 +1,18 @@
 """Messages ⇄ Flower records. Every key that crosses the network stands here and nowhere else. Torch-free.
 
 A message's content is one ``ConfigRecord`` of scalars and, where it carries tensors, one ``ArrayRecord`` with a single
-array: all tensors by canonical name as little-endian fp32, in the safetensors format.
+array: all tensors by canonical name in their number format, little-endian, as one safetensors file.
+
+Where some are int8 the file is also deflated (RFC 1950). That is the one thing on the way whose size depends on values:
+on those of the message, which at this place are either the coordinator's own or private already, so its size tells
+nothing that the message does not. It is inflated up to the size announced, and never beyond ``LARGEST_TRANSFER``.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any, TypeVar
@@ -18,6 +23,7 @@ from safetensors.numpy import load, save
 
 from common.errors import WireError
 from common.messages import (
+    LARGEST_TRANSFER,
     SCHEMA_VERSION,
     DescribeRequest,
     Pending,
@@ -28,16 +34,23 @@ from common.messages import (
     RefusalReason,
     Release,
     SiteDescription,
-    Tensors,
     TrainReply,
     TrainRequest,
     Unavailable,
+    WireTensors,
 )
+
+Record = RecordDict
+"""A message's content as Flower carries it."""
 
 HEADER = "consilium"
 TENSORS = "tensors"
 PACKED = "safetensors"
 """Name and kind of the one array in which all tensors of a message travel."""
+DEFLATED = "safetensors+zlib"
+"""Its kind where it is deflated; its shape is then the size it is inflated to."""
+STORED_TYPES = (np.float32, np.uint16, np.int8)
+"""What tensors are made of, in any number format."""
 TRAIN_TYPE = "train"
 DESCRIBE_TYPE = "query.describe"
 NODE_AGENT = "agent"
@@ -58,6 +71,7 @@ _FIELDS: Mapping[str, type] = {
     "run_id": str,
     "plan": str,
     "plan_digest": str,
+    "adapter_digest": str,
     "code_digest": str,
     "signature": str,
     "witness": str,
@@ -193,6 +207,7 @@ def train_request_to_record(request: TrainRequest) -> RecordDict:
         "run_id": request.run_id,
         "round": request.round,
         "plan_digest": request.plan_digest,
+        "adapter_digest": request.adapter_digest,
         "schema_version": request.schema_version,
     }
     return _record(header, request.adapter)
@@ -200,9 +215,8 @@ def train_request_to_record(request: TrainRequest) -> RecordDict:
 
 def train_request_from_record(record: RecordDict) -> TrainRequest:
     """As read by the relay."""
-    return TrainRequest(
-        **_fields(record, "run_id", "round", "plan_digest", "schema_version"), adapter=tensors_from_record(record)
-    )
+    header = _fields(record, "run_id", "round", "plan_digest", "adapter_digest", "schema_version")
+    return TrainRequest(**header, adapter=tensors_from_record(record))
 
 
 def train_reply_to_record(reply: TrainReply) -> RecordDict:
@@ -263,32 +277,68 @@ def is_unavailable(record: RecordDict) -> bool:
     return dict(record.config_records.get(HEADER, {})).get("kind") == UNAVAILABLE
 
 
-def tensors_to_record(tensors: Tensors) -> ArrayRecord:
-    """fp32 arrays by canonical name, all in one: Flower sends every array on its own, in several HTTP requests."""
-    packed = save({name: np.asarray(tensors[name], "<f4", order="C") for name in sorted(tensors)})
+def size_of(record: RecordDict) -> int:
+    """Bytes of a message's tensors as they travel, scales and names included; a header of some hundred bytes is not."""
+    return sum(len(array.data) for arrays in record.array_records.values() for array in arrays.values())
+
+
+def size_of_tensors(tensors: WireTensors) -> int:
+    """:func:`size_of` a message that carries these."""
+    return size_of(_record({}, tensors))
+
+
+def tensors_to_record(tensors: WireTensors) -> ArrayRecord:
+    """All arrays in one: Flower sends every array on its own, in several HTTP requests."""
+    packed = save({name: _little_endian(tensors[name]) for name in sorted(tensors)})
+    if any(array.dtype == np.int8 for array in tensors.values()):
+        return ArrayRecord({PACKED: Array("uint8", (len(packed),), DEFLATED, _deflated(packed))})
     return ArrayRecord({PACKED: Array("float32", (len(packed),), PACKED, packed)})
 
 
-def tensors_from_record(record: RecordDict) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+def tensors_from_record(record: RecordDict) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
     """The message's tensors.
 
     Raises:
-        WireError: there are none, or one is not fp32.
+        WireError: there are none, or one is of a type that no number format has.
     """
     try:
         ((name, packed),) = record.array_records[TENSORS].items()
-        if (name, packed.stype) != (PACKED, PACKED):
+        if name != PACKED or packed.stype not in (PACKED, DEFLATED):
             raise ValueError
-        arrays = load(packed.data)
+        arrays = load(packed.data if packed.stype == PACKED else _inflated(packed))
     except Exception as error:
         raise WireError(f"message: its tensors cannot be read ({type(error).__name__})") from None
     for name, array in arrays.items():
-        if array.dtype != np.float32:
-            raise WireError(f"message: tensor '{name}' is {array.dtype}, expected float32")
+        if array.dtype not in STORED_TYPES:
+            raise WireError(f"message: tensor '{name}' is {array.dtype}, expected float32, uint16 or int8")
     return arrays
 
 
-def _record(header: dict[str, Any], tensors: Tensors | None = None) -> RecordDict:
+def _little_endian(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+
+
+def _deflated(packed: bytes) -> bytes:
+    return zlib.compress(packed, 6)
+
+
+def _inflated(array: Array) -> bytes:
+    """The announced number of bytes, no more and no fewer.
+
+    Raises:
+        ValueError: another number, or too many.
+    """
+    (size,) = array.shape
+    if not 0 <= size <= LARGEST_TRANSFER:
+        raise ValueError
+    stream = zlib.decompressobj()
+    inflated = stream.decompress(array.data, size + 1)  # 0 would mean: as many as there are
+    if len(inflated) != size or not stream.eof or stream.unused_data:
+        raise ValueError
+    return inflated
+
+
+def _record(header: dict[str, Any], tensors: WireTensors | None = None) -> RecordDict:
     record = RecordDict({HEADER: ConfigRecord(header)})
     if tensors is not None:
         record[TENSORS] = tensors_to_record(tensors)

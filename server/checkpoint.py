@@ -29,10 +29,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError
-from safetensors.numpy import load, load_file, save
+from safetensors.numpy import load, save
 
 from common.errors import OutputError
 from common.messages import Tensors
+from server.spill import SpilledReply
 
 SCHEMA_VERSION = 1
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -193,9 +194,13 @@ class RunFolder:
         )
         write_atomically(self.round_folder(round) / f"{site}.safetensors", content)
 
-    def reply(self, round: int, site: str) -> dict[str, npt.NDArray[Any]]:
-        """A spilled reply."""
-        return dict(load_file(self.round_folder(round) / f"{site}.safetensors"))
+    def reply(self, round: int, site: str) -> SpilledReply:
+        """A spilled reply, whose tensors are read when they are asked for.
+
+        Raises:
+            OutputError: it is gone, or damaged.
+        """
+        return SpilledReply(self.round_folder(round) / f"{site}.safetensors")
 
     def replies(self, round: int) -> set[str]:
         """Sites whose reply is on disk."""

@@ -84,17 +84,25 @@ class Mailbox:
         message_type: str,
         deadline: float,
         meanwhile: Callable[[], None] = lambda: None,
+        again: dict[int, RecordDict] | None = None,
     ) -> Iterator[tuple[int, RecordDict | None]]:
         """Sends one message to each node and yields each reply as it comes, until all have answered or the deadline.
 
         Args:
             deadline: as of ``time.monotonic``.
             meanwhile: called between two looks for replies.
+            again: where the caller puts what a node is to be asked next, while it is busy with that node's reply.
         """
-        waiting = self.send(contents, message_type, deadline - time.monotonic())
-        for node in set(contents) - set(waiting.values()):
-            yield node, None
-        while waiting and time.monotonic() < deadline:
+        waiting: dict[str, int] = {}
+        due = {} if again is None else again
+        due.update(contents)
+        while due or (waiting and time.monotonic() < deadline):
+            if due:
+                asked, sent = set(due), self.send(due, message_type, deadline - time.monotonic())
+                due.clear()
+                waiting.update(sent)
+                for node in asked - set(sent.values()):
+                    yield node, None
             yield from self.received(waiting)
             meanwhile()
             if waiting:

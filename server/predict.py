@@ -46,6 +46,7 @@ def predict(
             f"{base.digest[:12]}); give the right one with --model"
         )
     adapted = AdaptedModel(base, task, validate(LoraSection, card["lora"], f"{adapter}/consilium.json"))
+    adapted.spec.check(state, f"adapter {adapter}")
     adapted.load(state)
     assert isinstance(task, Predicts)
     rows = read_rows(str(source), "test", task.inputs, dict(columns))

@@ -9,13 +9,16 @@ from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.algorithms import LOCAL_RULES
 from common.code import code_digest
-from common.config import RunConfig
+from common.config import RunConfig, TaskSection
 from common.data.read import is_file
 from common.errors import ConfigError
-from common.model import BaseModel, Placement, load_base, locate
+from common.examples import Examples
+from common.model import BaseModel, Placement, layer_stack, load_base, locate
 from common.plan import Plan, plan_of
 from common.tasks.registry import task_of
-from server.evaluation import Evaluator, HeldOut, held_out, test_exists
+from server.aggregation.registry import aggregator_for
+from server.evaluation import ROWS, Evaluator, HeldOut, held_out, test_exists
+from server.feature_map import fitted
 from server.rounds import VALIDATION
 
 TEST = "test"
@@ -31,19 +34,40 @@ def resident_model(config: RunConfig) -> AdaptedModel:
     simulation = config.simulation
     placement = Placement.choose(simulation.device, simulation.dtype, simulation.gradient_checkpointing)
     base: BaseModel = load_base(locate(config.model.name, config.model.revision), task, placement, config.task.pooling)
-    return AdaptedModel(base, task, config.lora)
+    return AdaptedModel(base, task_of(with_feature_map(config, base)), config.lora)
 
 
-def initial_adapter(config: RunConfig, model: AdaptedModel) -> AdapterState:
-    """The adapter before round 1, from the public seed and the label names alone.
+def with_feature_map(config: RunConfig, base: BaseModel) -> TaskSection:
+    """The task's settings with ``feature_map = "auto"`` decided."""
+    settings, task = config.task, task_of(config.task)
+    if settings.feature_map != "auto":
+        return settings
+    layers = len(layer_stack(base.encoder) or ())
+    fits = layers > settings.feature_levels and int(base.network.config.hidden_size) > settings.feature_rank
+    usual = task.selects_pooling and base.pooling != "model" and not config.phase
+    return settings.model_copy(update={"feature_map": "held-out-texts" if fits and usual else "none"})
+
+
+def initial_adapter(config: RunConfig, model: AdaptedModel, texts: Examples) -> AdapterState:
+    """The adapter before round 1, from the public seed, the label names and the server's own texts alone.
+
+    Args:
+        texts: held out by the server; their labels are not looked at.
 
     Raises:
         ConfigError: the phases' algorithms start A differently.
     """
-    starts = {LOCAL_RULES[phase.algorithm].orthonormal_a for phase in config.phases if "lora" in phase.train}
+    starts = {LOCAL_RULES[phase.algorithm].orthonormal_a: phase for phase in config.phases if "lora" in phase.train}
     if len(starts) > 1:
-        raise ConfigError("phase.algorithm: phases with different starts of A (ffa, fedit) cannot be mixed in one run")
-    return model.initial_state(config.run.seed, orthonormal=starts != {False})
+        names = [f"'{phase.algorithm}' (phase '{phase.name}')" for phase in starts.values()]
+        raise ConfigError(
+            f"phase.algorithm: {names[0]} and {names[1]} start A differently and cannot be mixed in one run; "
+            "give all phases that train 'lora' algorithms of one kind"
+        )
+    feature_map = None
+    if model.maps_features:
+        feature_map = fitted(texts.frozen_features(model, ROWS).numpy(), config.task.feature_rank)
+    return model.initial_state(config.run.seed, False not in starts, feature_map)
 
 
 def splits(config: RunConfig, model: AdaptedModel) -> dict[str, HeldOut]:
@@ -90,5 +114,9 @@ def prepare(
     )
     for phase in config.phases:
         model.trained_in(phase, 1)  # says now if a phase asks for layers that are not there
+    config = config.model_copy(update={"task": model.task.settings})
+    initial = initial_adapter(config, model, evaluator.splits[VALIDATION].examples)
+    for phase in config.phases:
+        aggregator_for(phase).init(initial)  # says now if settings cannot be combined
     plan = plan_of(config, run_id, model.base.digest, model.spec.digest(), code_digest())
-    return Prepared(config, model, plan, initial_adapter(config, model), evaluator)
+    return Prepared(config, model, plan, initial, evaluator)

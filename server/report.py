@@ -9,8 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common.adapter import save_adapter
+from common.adapter import rank_of, save_adapter
 from common.code import code_digest
+from common.config import LoraSection
 from common.messages import SiteDescription
 from server.checkpoint import SCHEMA_VERSION, RunFolder, to_json, write_atomically
 from server.prepare import Prepared
@@ -96,23 +97,28 @@ def finish(
     adapter = folder.path / "adapter"
     content = {**summary(prepared, run_id, result, test, adapter), **(more or {})}
     statements = {site: entry["privacy"] for site, entry in content["sites"].items()}
-    save_adapter(adapter, result.adapter, prepared.model.peft_config(), card(prepared, run_id, statements))
+    lora = prepared.config.lora.at_rank(rank_of(result.adapter) or prepared.config.lora.r)
+    save_adapter(adapter, result.adapter, prepared.model.peft_config(lora), card(prepared, run_id, lora, statements))
     write_events(folder.path / "tensorboard", result.history)
     write_atomically(folder.path / "summary.json", to_json(content))
     return content
 
 
-def card(prepared: Prepared, run_id: str, statements: Mapping[str, Any]) -> dict[str, Any]:
-    """``consilium.json``: what is needed to use the adapter as it was trained, and what privacy it was trained with."""
+def card(prepared: Prepared, run_id: str, lora: LoraSection, statements: Mapping[str, Any]) -> dict[str, Any]:
+    """``consilium.json``: what is needed to use the adapter as it was trained, and what privacy it was trained with.
+
+    Args:
+        lora: the settings at the adapter's own rank, which a correction at export may have raised.
+    """
     return {
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
         "model": prepared.config.model.name,
         "model_digest": prepared.model.base.digest,
-        "adapter_digest": prepared.model.spec.digest(),
+        "adapter_digest": prepared.model.spec.at_rank(lora.r).digest(),
         "pooling": prepared.model.base.pooling,
         "task": prepared.config.task.model_dump(mode="json"),
-        "lora": prepared.config.lora.model_dump(mode="json"),
+        "lora": lora.model_dump(mode="json"),
         "privacy": statements,
     }
 

@@ -24,6 +24,7 @@ from common.signing import PLAN, SigningKey
 from server.admission import Rejection
 from server.checkpoint import RunFolder
 from server.mailbox import Mailbox
+from server.norm_bound import agrees
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Roster:
     """
 
     def __init__(self, mailbox: Mailbox, plan: Plan, key: SigningKey, folder: RunFolder) -> None:
-        self.mailbox, self.folder = mailbox, folder
+        self.mailbox, self.folder, self._plan = mailbox, folder, plan
         self._request = DescribeRequest(
             plan.run_id, plan.canonical(), plan.code_digest, key.sign(PLAN, plan.digest().encode())
         )
@@ -177,8 +178,11 @@ class Roster:
             self.absent[registered] = str(Rejection.WRONG_SITE)
             log.warning("the node registered as '%s' speaks for '%s'; it is left out", registered, site)
         elif self._belongs_to_another(site, node):
-            self.absent[f"{site} (node {node})"] = "duplicate-name"
+            self.absent[f"{site} (node {node})"] = str(Rejection.DUPLICATE)
             log.warning("two nodes call themselves '%s'; the second is left out", site)
+        elif description.status is PlanStatus.READY and not agrees(self._plan, description):
+            self.absent[site] = str(Rejection.FOREIGN)
+            log.warning("'%s' states other steps, rates, clip norms or noise than the plan's; it is left out", site)
         elif description.status is PlanStatus.READY:
             self.absent.pop(site, None)
             self.participants[site] = Participant(node, description)

@@ -10,37 +10,40 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from common import wire
+from common import number_formats, wire
 from common.adapted import AdaptedModel
-from common.adapter import AdapterState
+from common.adapter import AdapterSpec, AdapterState
 from common.config import RunConfig
 from common.errors import RunFailed, WireError
 from common.messages import (
     Pending,
     PlanStatus,
     Refusal,
+    RefusalReason,
     Release,
     SiteDescription,
     Tensors,
-    TrainRequest,
     joined,
-    parted,
 )
 from common.plan import Plan
 from common.privacy.metrics import metric_bounds
 from common.signing import SigningKey
 from server import sampling
-from server.admission import Rejection, examine
+from server.admission import Gate, Rejection
+from server.aggregation.base import AVERAGE, rule_for
+from server.aggregation.low_rank import leading
 from server.aggregation.registry import aggregator_for
+from server.aggregation.robust import too_few
 from server.checkpoint import Checkpoint, RunFolder
 from server.evaluation import Evaluator
 from server.mailbox import Mailbox
+from server.outbox import Asked, Outbox
 from server.roster import Roster, reasons
 from server.site_metrics import site_metrics
 
@@ -135,6 +138,7 @@ class Coordinator:
         self.progress: Progress = progress or Silent()
         self.mailbox = Mailbox(grid, plan.run_id, poll_seconds, garbled)
         self.roster = Roster(self.mailbox, plan, key, folder)
+        self.outbox = Outbox(plan, model)
         self.bounds = metric_bounds(plan.privacy.metrics, model.task.outcomes(model.network))
 
     # ---- the run ---------------------------------------------------------------------------------------------------
@@ -183,18 +187,17 @@ class Coordinator:
         phase = self.plan.phase_of(round)
         aggregator = aggregator_for(phase)
         state = aggregator.load(before.aggregator)
-        if phase.name != before.phase:  # a new phase starts with a fresh state and keeps the adapter
-            state = aggregator.init(_adapter_in(before.aggregator))
-        request = TrainRequest(self.plan.run_id, round, self.plan.digest(), _adapter_in(aggregator.save(state)))
+        if phase.name != before.phase:  # a new phase starts with a fresh state, from the average where there is one
+            state = aggregator.init(_adapter_in(before.aggregator, AVERAGE) or _adapter_in(before.aggregator))
         clock = _Clock()
-        outcome = self._exchange(request)
+        outcome = self._exchange(round, _adapter_in(aggregator.save(state)))
         clock.lap("exchange")
         # Of the cohort alone, so that a resumed round weighs as it would have, whoever has come or gone since.
         sizes = {site: self.roster.described[site].public_size for site in outcome.cohort}
         weights = sampling.weights(sizes, self.config.server.weights)
         told: dict[str, dict[str, float]] = {}
         for site in outcome.admitted:
-            update, told[site] = parted(self.folder.reply(round, site))
+            update, told[site] = self.folder.reply(round, site).parted()
             state = aggregator.accumulate(state, update, weights[site])
         state, adapter = aggregator.finish(state)
         clock.lap("aggregate")
@@ -246,57 +249,78 @@ class Coordinator:
 
     # ---- one exchange -----------------------------------------------------------------------------------------------
 
-    def _exchange(self, request: TrainRequest) -> Outcome:
+    def _exchange(self, round: int, adapter: Tensors) -> Outcome:
         """Sends the round's request to its cohort and closes the round; a round closed before is read from disk."""
-        stored = self.folder.outcome(request.round)
+        stored = self.folder.outcome(round)
         if stored is not None:
             return Outcome(**{**stored, "cohort": tuple(stored["cohort"])})
-        cohort = self.folder.cohort(request.round)
+        phase = self.plan.phase_of(round)
+        least = rule_for(phase).least
+        cohort = self.folder.cohort(round)
         if cohort is None:
-            server = self.config.server
-            cohort = sampling.cohort(
-                list(self.roster.participants), server.cohort, server.min_replies, self.plan.seed, request.round
-            )
-            self.folder.store_cohort(request.round, cohort)
+            server, sites = self.config.server, list(self.roster.participants)
+            if len(sites) < least:  # before the cohort is settled, so that more sites can join
+                raise RunFailed(f"round {round}: {too_few(phase, least, len(sites))} ({reasons(self.roster.absent)})")
+            cohort = sampling.cohort(sites, server.cohort, max(server.min_replies, least), self.plan.seed, round)
+            self.folder.store_cohort(round, cohort)
         outcome = Outcome(cohort)
-        self._collect(request, outcome)
+        self._collect(round, adapter, outcome)
         outcome.admitted.sort()
         if len(outcome.admitted) < self.config.server.min_replies:
             raise RunFailed(
-                f"round {request.round}: {len(outcome.admitted)} replies were admitted, server.min_replies = "
+                f"round {round}: {len(outcome.admitted)} replies were admitted, server.min_replies = "
                 f"{self.config.server.min_replies} ({reasons({**outcome.refused, **outcome.rejected})}); "
                 "mend the cause, then --resume"
             )
-        self.folder.store_outcome(request.round, vars(outcome))
+        if len(outcome.admitted) < least:  # before the round is closed, so that the missing sites can still answer
+            why = reasons({**outcome.refused, **outcome.rejected})
+            raise RunFailed(f"round {round}: {too_few(phase, least, len(outcome.admitted))} ({why})")
+        self.folder.store_outcome(round, vars(outcome))
         return outcome
 
-    def _collect(self, request: TrainRequest, outcome: Outcome) -> None:
+    def _collect(self, round: int, adapter: Tensors, outcome: Outcome) -> None:
         """Admits replies one by one as they come; those already on disk are not asked for again."""
-        digest = request.digest()
-        phase, round = self.plan.phase_of(request.round), self.plan.round_of_phase(request.round)
-        spec = self.model.spec.part(self.model.trained_in(phase, round))
-        record = wire.train_request_to_record(request)
-        on_disk = self.folder.replies(request.round) & set(outcome.cohort)
-        outcome.admitted.extend(on_disk)
-        outcome.bytes_down += _size(request.adapter) * len(outcome.cohort)
-        outcome.bytes_up += sum(_size(self.folder.reply(request.round, site)) for site in on_disk)
-        asked = {site: one.node for site, one in self.roster.participants.items() if site in outcome.cohort}
-        sites = {node: site for site, node in asked.items() if site not in on_disk}
+        ranks = {site: self.plan.rank_at(self.roster.described[site].max_rank) for site in outcome.cohort}
+        at_rank = {rank: self.outbox.asked(round, leading(adapter, rank)) for rank in set(ranks.values())}
+        asked = {site: at_rank[rank] for site, rank in ranks.items()}
+        gate = Gate(self.plan, round, adapter, self.roster.described, self.bounds)
+        on_disk = self.folder.replies(round) & set(outcome.cohort)
+        for site in sorted(on_disk):
+            self._take_up(round, site, asked[site], gate, outcome)
+        online = {site: one.node for site, one in self.roster.participants.items() if site in outcome.cohort}
+        sites = {node: site for site, node in online.items() if site not in on_disk}
         for site in set(outcome.cohort) - on_disk - set(sites.values()):
             outcome.rejected[site] = str(Rejection.NODE_ERROR)
+        messages = {node: self.outbox.record(site, asked[site]) for node, site in sites.items()}
+        outcome.bytes_down += sum(wire.size_of(message) for message in messages.values())
         deadline = time.monotonic() + self.config.server.round_timeout
-        messages = dict.fromkeys(sites, record)
-        for node, reply in self.mailbox.ask(messages, wire.TRAIN_TYPE, deadline, self.roster.refresh):
-            verdict = self._admit(reply, sites[node], request, digest, spec, outcome)
-            self.progress.reply(request.round, sites[node], verdict)
+        again: dict[int, RecordDict] = {}
+        asked_again: set[str] = set()
+        for node, reply in self.mailbox.ask(messages, wire.TRAIN_TYPE, deadline, self.roster.refresh, again):
+            site = sites[node]
+            verdict = self._admit(reply, site, asked[site], gate, outcome)
+            if verdict == RefusalReason.ADAPTER_MISSING and site not in asked_again:
+                asked_again.add(site)
+                del outcome.refused[site]
+                again[node] = self.outbox.in_full(site, asked[site])
+                outcome.bytes_down += wire.size_of(again[node])
+                continue
+            self.progress.reply(round, site, verdict)
         for site in sites.values():
             if site not in {*outcome.admitted, *outcome.refused, *outcome.rejected}:
                 outcome.rejected[site] = str(Rejection.LATE)
-                self.progress.reply(request.round, site, Rejection.LATE)
+                self.progress.reply(round, site, Rejection.LATE)
 
-    def _admit(
-        self, record: RecordDict | None, site: str, request: TrainRequest, digest: str, spec: Any, outcome: Outcome
-    ) -> str:
+    def _take_up(self, round: int, site: str, asked: Asked, gate: Gate, outcome: Outcome) -> None:
+        """A reply that was admitted before a resumption. It is counted as if its request had gone out in full."""
+        outcome.admitted.append(site)
+        update, metrics = self.folder.reply(round, site).parted()
+        gate.is_copy(update)
+        encoded = number_formats.encode(update, self.plan.wire.up)
+        outcome.bytes_down += wire.size_of(asked.record({}))
+        outcome.bytes_up += wire.size_of_tensors(encoded) + METRIC_BYTES * len(metrics)
+
+    def _admit(self, record: RecordDict | None, site: str, asked: Asked, gate: Gate, outcome: Outcome) -> str:
         """Files one reply under admitted, refused or rejected; returns the verdict."""
         if record is None:
             outcome.rejected[site] = str(Rejection.NODE_ERROR)
@@ -312,15 +336,25 @@ class Coordinator:
         if not isinstance(reply, Release):
             outcome.rejected[site] = str(Rejection.NODE_ERROR)
             return Rejection.NODE_ERROR
-        rejection = examine(reply, site, request.run_id, request.round, digest, spec, self.bounds)
-        outcome.bytes_up += _size(reply.update) + METRIC_BYTES * len(reply.metrics)
+        outcome.bytes_up += wire.size_of(record) + METRIC_BYTES * len(reply.metrics)
+        reply = self._decoded(reply, asked.spec)
+        rejection = gate.verdict(reply, site, asked.digest, asked.spec)
         if rejection is not None:
             outcome.rejected[site] = str(rejection)
             return rejection
-        self.folder.store_reply(request.round, site, digest, joined(reply.update, reply.metrics))
+        self.folder.store_reply(asked.request.round, site, asked.digest, joined(reply.update, reply.metrics))
         self.roster.witness(site, reply.head)
+        self.outbox.confirm(site, asked)
         outcome.admitted.append(site)
         return "admitted"
+
+    def _decoded(self, release: Release, spec: AdapterSpec) -> Release:
+        """The release in fp32; without any tensor where it is not in the plan's number format, so that it is rejected
+        for its layout, unless it is the wrong one altogether."""
+        try:
+            return replace(release, update=number_formats.decode(release.update, spec, self.plan.wire.up))
+        except WireError:
+            return replace(release, update={})
 
 
 class _Clock:
@@ -339,13 +373,9 @@ def _since(start: float) -> float:
     return round(time.perf_counter() - start, 4)
 
 
-def _adapter_in(arrays: Mapping[str, Any]) -> Tensors:
-    """The adapter in an aggregator's saved state."""
-    return {name.removeprefix("adapter/"): array for name, array in arrays.items() if name.startswith("adapter/")}
-
-
-def _size(tensors: Mapping[str, Any]) -> int:
-    return sum(array.nbytes for array in tensors.values())
+def _adapter_in(arrays: Mapping[str, Any], part: str = "adapter") -> Tensors:
+    """The adapter, or the average of adapters, in an aggregator's saved state; empty if there is none."""
+    return {name.removeprefix(f"{part}/"): array for name, array in arrays.items() if name.startswith(f"{part}/")}
 
 
 def _metric(record: Mapping[str, Any], metric: str) -> float:

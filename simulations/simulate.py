@@ -113,6 +113,11 @@ class Federation:
         size = self.examples[site].unit_count
         return size if self.config.simulation.public_size == "exact" else rounded(size)
 
+    def max_rank(self, site: str) -> int | None:
+        """The largest rank that the simulated site allows; ``None`` where it takes the plan's."""
+        ranks = self.config.simulation.ranks
+        return ranks[sorted(self.parts).index(site) % len(ranks)] if ranks else None
+
     def _check_size(self, site: str, plan: Plan) -> None:
         """Says now, and with figures, what a real site would refuse without any.
 
@@ -166,7 +171,7 @@ class Federation:
             ledgers.append(ledger)
             sites[name] = Site(
                 name,
-                policy_for(plan, self.public_size(name), coordinator),
+                policy_for(plan, self.public_size(name), coordinator, max_rank=self.max_rank(name)),
                 ledger,
                 AuditLog(folder / "audit.jsonl", durable=False, site=name, key=SigningKey.fresh()),
                 Resources(

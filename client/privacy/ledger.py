@@ -308,18 +308,24 @@ class Ledger:
             now = self._clock.stamp(db)
             return rounds.reserve(db, self._secrets, plan, round, request_digest, phase, steps, fresh, now)
 
-    def record(self, reservation: Reservation, payload: bytes, head: str = "") -> None:
-        """Stores the release and only then deletes its secret.
+    def residual(self, plan: str, phase: str) -> bytes | None:
+        """What rounding has taken away from the releases of a phase, as the newest of them left it."""
+        with self._file.reading() as db:
+            return rounds.residual(db, plan, phase)
+
+    def record(self, reservation: Reservation, payload: bytes, head: str = "", residual: bytes | None = None) -> None:
+        """Stores the release and the residual, both or none, and only then deletes the round's secret.
 
         Args:
             head: the signed head of the audit log that leaves with it.
+            residual: what rounding has taken away so far; ``None``: the plan's older one is dropped too.
 
         Raises:
             LedgerError: it must not leave: meanwhile the plan was closed, the site blocked, or another release of this
                 round stored.
         """
         with self._file.writing() as db:
-            rounds.record(db, reservation, payload, head, self._clock.stamp(db))
+            rounds.record(db, reservation, payload, head, residual, self._clock.stamp(db))
         self._secrets.delete(reservation.plan, reservation.round)
 
     def charges(self, plan: str) -> list[tuple[int, str, float, float, int]]:

@@ -87,6 +87,7 @@ def close(db: sqlite3.Connection, digest: str, why: str, now: str) -> bool:
     if entry.decision is Decision.CLOSED:
         return False
     db.execute("DELETE FROM releases WHERE plan=?", (digest,))
+    db.execute("DELETE FROM residuals WHERE plan=?", (digest,))
     db.execute(
         "UPDATE plans SET status=?, refusal=?, closed_at=?, closed_because=?, fingerprint=NULL WHERE digest=?",
         (Decision.CLOSED, RefusalReason.CLOSED, now, why, digest),

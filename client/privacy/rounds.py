@@ -81,8 +81,16 @@ def reserve(
     return Reservation(plan, round, request_digest, funded, secret)
 
 
-def record(db: sqlite3.Connection, reservation: Reservation, payload: bytes, head: str, now: str) -> None:
-    """Stores what is about to leave.
+def residual(db: sqlite3.Connection, plan: str, phase: str) -> bytes | None:
+    """What rounding took away from the phase's releases so far; ``None``: nothing, or of another phase."""
+    row = db.execute("SELECT payload FROM residuals WHERE plan=? AND phase=?", (plan, phase)).fetchone()
+    return None if row is None else bytes(row[0])
+
+
+def record(
+    db: sqlite3.Connection, reservation: Reservation, payload: bytes, head: str, residual: bytes | None, now: str
+) -> None:
+    """Stores what is about to leave, and what rounding has taken away from it in the place of what it had before.
 
     Raises:
         LedgerError: it must not leave: the plan was closed, or the site blocked, while it was computed.
@@ -95,6 +103,9 @@ def record(db: sqlite3.Connection, reservation: Reservation, payload: bytes, hea
         (plan, round, payload, head, hashlib.sha256(payload).hexdigest()),
     )
     db.execute("UPDATE charges SET released_at=? WHERE plan=? AND round=?", (now, plan, round))
+    db.execute("DELETE FROM residuals WHERE plan=?", (plan,))
+    if residual is not None:
+        db.execute("INSERT INTO residuals VALUES (?,?,?)", (plan, reservation.phase.name, residual))
     count(db)
 
 

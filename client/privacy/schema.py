@@ -8,6 +8,7 @@ plans           every plan ever shown, its decision and its calibrated statement
 reservations    per plan and phase: q, σ, C and steps reserved at approval, all of them at once
 charges         per round: which request was funded, and whether its release is stored
 releases        the exact bytes that left, to be sent again unchanged; gone once their plan is closed
+residuals       per plan: what rounding took away from the releases of its open phase; never sent, gone with the plan
 ==============  ====================================================================================================
 """
 
@@ -55,7 +56,13 @@ INSERT INTO meta SELECT 'clock', MAX(time) FROM (
 UPDATE meta SET value='2' WHERE key='schema_version';
 """
 
-STEPS = (FIRST, SECOND)
+THIRD = """
+CREATE TABLE residuals (
+  plan TEXT PRIMARY KEY REFERENCES plans(digest), phase TEXT NOT NULL, payload BLOB NOT NULL) STRICT;
+UPDATE meta SET value='3' WHERE key='schema_version';
+"""
+
+STEPS = (FIRST, SECOND, THIRD)
 """What leads from each version to the next; an empty file has version 0."""
 VERSION = len(STEPS)
 

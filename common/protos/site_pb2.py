@@ -24,13 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63ommon/protos/site.proto\x12\x11\x63onsilium.site.v1\"\x80\x01\n\x0f\x44\x65scribeRequest\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04plan\x18\x03 \x01(\t\x12\x13\n\x0b\x63ode_digest\x18\x04 \x01(\t\x12\x11\n\tsignature\x18\x05 \x01(\t\x12\x0f\n\x07witness\x18\x06 \x01(\t\"o\n\x0ePhaseStatement\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bsample_rate\x18\x02 \x01(\x01\x12\x18\n\x10noise_multiplier\x18\x03 \x01(\x01\x12\x11\n\tclip_norm\x18\x04 \x01(\x01\x12\r\n\x05steps\x18\x05 \x01(\x04\"\xcc\x01\n\x10PrivacyStatement\x12\x14\n\x07\x65psilon\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x64\x65lta\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\x14\n\x0cneighbouring\x18\x04 \x01(\t\x12\x12\n\naccountant\x18\x05 \x01(\t\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x31\n\x06phases\x18\x07 \x03(\x0b\x32!.consilium.site.v1.PhaseStatementB\n\n\x08_epsilonB\x08\n\x06_delta\"\xd9\x01\n\x0fSiteDescription\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\x0f\n\x07refusal\x18\x04 \x01(\t\x12\x13\n\x0b\x63ode_digest\x18\x05 \x01(\t\x12\r\n\x05tasks\x18\x06 \x03(\t\x12\x10\n\x08max_rank\x18\x07 \x01(\r\x12\x13\n\x0bpublic_size\x18\x08 \x01(\x04\x12\x34\n\x07privacy\x18\t \x01(\x0b\x32#.consilium.site.v1.PrivacyStatement\"+\n\x0cTensorLayout\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\"\x91\x01\n\x12TrainRequestHeader\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x13\n\x0bplan_digest\x18\x04 \x01(\t\x12/\n\x06layout\x18\x05 \x03(\x0b\x32\x1f.consilium.site.v1.TensorLayout\"h\n\x11TrainRequestFrame\x12\x37\n\x06header\x18\x01 \x01(\x0b\x32%.consilium.site.v1.TrainRequestHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"%\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02\"\xd7\x01\n\rReleaseHeader\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x16\n\x0erequest_digest\x18\x05 \x01(\t\x12/\n\x06layout\x18\x06 \x03(\x0b\x32\x1f.consilium.site.v1.TensorLayout\x12\x0c\n\x04head\x18\x07 \x01(\t\x12*\n\x07metrics\x18\x08 \x03(\x0b\x32\x19.consilium.site.v1.Metric\"\'\n\x07Refusal\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x17\n\x07Pending\x12\x0c\n\x04site\x18\x01 \x01(\t\"\xc0\x01\n\x0fTrainReplyFrame\x12\x33\n\x07release\x18\x01 \x01(\x0b\x32 .consilium.site.v1.ReleaseHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12-\n\x07refusal\x18\x03 \x01(\x0b\x32\x1a.consilium.site.v1.RefusalH\x00\x12-\n\x07pending\x18\x04 \x01(\x0b\x32\x1a.consilium.site.v1.PendingH\x00\x42\t\n\x07\x63ontent2\xb6\x01\n\tSiteAgent\x12R\n\x08\x44\x65scribe\x12\".consilium.site.v1.DescribeRequest\x1a\".consilium.site.v1.SiteDescription\x12U\n\x05Train\x12$.consilium.site.v1.TrainRequestFrame\x1a\".consilium.site.v1.TrainReplyFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x63ommon/protos/site.proto\x12\x11\x63onsilium.site.v1\"\x80\x01\n\x0f\x44\x65scribeRequest\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\x0c\n\x04plan\x18\x03 \x01(\t\x12\x13\n\x0b\x63ode_digest\x18\x04 \x01(\t\x12\x11\n\tsignature\x18\x05 \x01(\t\x12\x0f\n\x07witness\x18\x06 \x01(\t\"o\n\x0ePhaseStatement\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bsample_rate\x18\x02 \x01(\x01\x12\x18\n\x10noise_multiplier\x18\x03 \x01(\x01\x12\x11\n\tclip_norm\x18\x04 \x01(\x01\x12\r\n\x05steps\x18\x05 \x01(\x04\"\xcc\x01\n\x10PrivacyStatement\x12\x14\n\x07\x65psilon\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05\x64\x65lta\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x0c\n\x04unit\x18\x03 \x01(\t\x12\x14\n\x0cneighbouring\x18\x04 \x01(\t\x12\x12\n\naccountant\x18\x05 \x01(\t\x12\r\n\x05steps\x18\x06 \x01(\x04\x12\x31\n\x06phases\x18\x07 \x03(\x0b\x32!.consilium.site.v1.PhaseStatementB\n\n\x08_epsilonB\x08\n\x06_delta\"\xd9\x01\n\x0fSiteDescription\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0e\n\x06status\x18\x03 \x01(\t\x12\x0f\n\x07refusal\x18\x04 \x01(\t\x12\x13\n\x0b\x63ode_digest\x18\x05 \x01(\t\x12\r\n\x05tasks\x18\x06 \x03(\t\x12\x10\n\x08max_rank\x18\x07 \x01(\r\x12\x13\n\x0bpublic_size\x18\x08 \x01(\x04\x12\x34\n\x07privacy\x18\t \x01(\x0b\x32#.consilium.site.v1.PrivacyStatement\"Y\n\x0cTensorLayout\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\x04\x12,\n\x04type\x18\x03 \x01(\x0e\x32\x1e.consilium.site.v1.ElementType\"\xa9\x01\n\x12TrainRequestHeader\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\r\x12\x13\n\x0bplan_digest\x18\x04 \x01(\t\x12/\n\x06layout\x18\x05 \x03(\x0b\x32\x1f.consilium.site.v1.TensorLayout\x12\x16\n\x0e\x61\x64\x61pter_digest\x18\x06 \x01(\t\"h\n\x11TrainRequestFrame\x12\x37\n\x06header\x18\x01 \x01(\x0b\x32%.consilium.site.v1.TrainRequestHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"%\n\x06Metric\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x02\"\xd7\x01\n\rReleaseHeader\x12\x16\n\x0eschema_version\x18\x01 \x01(\r\x12\x0c\n\x04site\x18\x02 \x01(\t\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\r\n\x05round\x18\x04 \x01(\r\x12\x16\n\x0erequest_digest\x18\x05 \x01(\t\x12/\n\x06layout\x18\x06 \x03(\x0b\x32\x1f.consilium.site.v1.TensorLayout\x12\x0c\n\x04head\x18\x07 \x01(\t\x12*\n\x07metrics\x18\x08 \x03(\x0b\x32\x19.consilium.site.v1.Metric\"\'\n\x07Refusal\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x17\n\x07Pending\x12\x0c\n\x04site\x18\x01 \x01(\t\"\xc0\x01\n\x0fTrainReplyFrame\x12\x33\n\x07release\x18\x01 \x01(\x0b\x32 .consilium.site.v1.ReleaseHeaderH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12-\n\x07refusal\x18\x03 \x01(\x0b\x32\x1a.consilium.site.v1.RefusalH\x00\x12-\n\x07pending\x18\x04 \x01(\x0b\x32\x1a.consilium.site.v1.PendingH\x00\x42\t\n\x07\x63ontent*0\n\x0b\x45lementType\x12\x0b\n\x07\x46LOAT32\x10\x00\x12\n\n\x06UINT16\x10\x01\x12\x08\n\x04INT8\x10\x02\x32\xb6\x01\n\tSiteAgent\x12R\n\x08\x44\x65scribe\x12\".consilium.site.v1.DescribeRequest\x1a\".consilium.site.v1.SiteDescription\x12U\n\x05Train\x12$.consilium.site.v1.TrainRequestFrame\x1a\".consilium.site.v1.TrainReplyFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'common.protos.site_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_ELEMENTTYPE']._serialized_start=1605
+  _globals['_ELEMENTTYPE']._serialized_end=1653
   _globals['_DESCRIBEREQUEST']._serialized_start=48
   _globals['_DESCRIBEREQUEST']._serialized_end=176
   _globals['_PHASESTATEMENT']._serialized_start=178
@@ -40,21 +42,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SITEDESCRIPTION']._serialized_start=499
   _globals['_SITEDESCRIPTION']._serialized_end=716
   _globals['_TENSORLAYOUT']._serialized_start=718
-  _globals['_TENSORLAYOUT']._serialized_end=761
-  _globals['_TRAINREQUESTHEADER']._serialized_start=764
-  _globals['_TRAINREQUESTHEADER']._serialized_end=909
-  _globals['_TRAINREQUESTFRAME']._serialized_start=911
-  _globals['_TRAINREQUESTFRAME']._serialized_end=1015
-  _globals['_METRIC']._serialized_start=1017
-  _globals['_METRIC']._serialized_end=1054
-  _globals['_RELEASEHEADER']._serialized_start=1057
-  _globals['_RELEASEHEADER']._serialized_end=1272
-  _globals['_REFUSAL']._serialized_start=1274
-  _globals['_REFUSAL']._serialized_end=1313
-  _globals['_PENDING']._serialized_start=1315
-  _globals['_PENDING']._serialized_end=1338
-  _globals['_TRAINREPLYFRAME']._serialized_start=1341
-  _globals['_TRAINREPLYFRAME']._serialized_end=1533
-  _globals['_SITEAGENT']._serialized_start=1536
-  _globals['_SITEAGENT']._serialized_end=1718
+  _globals['_TENSORLAYOUT']._serialized_end=807
+  _globals['_TRAINREQUESTHEADER']._serialized_start=810
+  _globals['_TRAINREQUESTHEADER']._serialized_end=979
+  _globals['_TRAINREQUESTFRAME']._serialized_start=981
+  _globals['_TRAINREQUESTFRAME']._serialized_end=1085
+  _globals['_METRIC']._serialized_start=1087
+  _globals['_METRIC']._serialized_end=1124
+  _globals['_RELEASEHEADER']._serialized_start=1127
+  _globals['_RELEASEHEADER']._serialized_end=1342
+  _globals['_REFUSAL']._serialized_start=1344
+  _globals['_REFUSAL']._serialized_end=1383
+  _globals['_PENDING']._serialized_start=1385
+  _globals['_PENDING']._serialized_end=1408
+  _globals['_TRAINREPLYFRAME']._serialized_start=1411
+  _globals['_TRAINREPLYFRAME']._serialized_end=1603
+  _globals['_SITEAGENT']._serialized_start=1656
+  _globals['_SITEAGENT']._serialized_end=1838
 # @@protoc_insertion_point(module_scope)

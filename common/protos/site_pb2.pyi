@@ -1,10 +1,20 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class ElementType(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FLOAT32: _ClassVar[ElementType]
+    UINT16: _ClassVar[ElementType]
+    INT8: _ClassVar[ElementType]
+FLOAT32: ElementType
+UINT16: ElementType
+INT8: ElementType
 
 class DescribeRequest(_message.Message):
     __slots__ = ("schema_version", "run_id", "plan", "code_digest", "signature", "witness")
@@ -77,26 +87,30 @@ class SiteDescription(_message.Message):
     def __init__(self, schema_version: _Optional[int] = ..., site: _Optional[str] = ..., status: _Optional[str] = ..., refusal: _Optional[str] = ..., code_digest: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., max_rank: _Optional[int] = ..., public_size: _Optional[int] = ..., privacy: _Optional[_Union[PrivacyStatement, _Mapping]] = ...) -> None: ...
 
 class TensorLayout(_message.Message):
-    __slots__ = ("name", "shape")
+    __slots__ = ("name", "shape", "type")
     NAME_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
+    TYPE_FIELD_NUMBER: _ClassVar[int]
     name: str
     shape: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
+    type: ElementType
+    def __init__(self, name: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., type: _Optional[_Union[ElementType, str]] = ...) -> None: ...
 
 class TrainRequestHeader(_message.Message):
-    __slots__ = ("schema_version", "run_id", "round", "plan_digest", "layout")
+    __slots__ = ("schema_version", "run_id", "round", "plan_digest", "layout", "adapter_digest")
     SCHEMA_VERSION_FIELD_NUMBER: _ClassVar[int]
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     PLAN_DIGEST_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_DIGEST_FIELD_NUMBER: _ClassVar[int]
     schema_version: int
     run_id: str
     round: int
     plan_digest: str
     layout: _containers.RepeatedCompositeFieldContainer[TensorLayout]
-    def __init__(self, schema_version: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[TensorLayout, _Mapping]]] = ...) -> None: ...
+    adapter_digest: str
+    def __init__(self, schema_version: _Optional[int] = ..., run_id: _Optional[str] = ..., round: _Optional[int] = ..., plan_digest: _Optional[str] = ..., layout: _Optional[_Iterable[_Union[TensorLayout, _Mapping]]] = ..., adapter_digest: _Optional[str] = ...) -> None: ...
 
 class TrainRequestFrame(_message.Message):
     __slots__ = ("header", "chunk")

@@ -6,9 +6,9 @@ multiply, which is why ``ffa`` wins at small ε. With secure sums: works as it i
 
 from __future__ import annotations
 
-from server.aggregation.base import WeightedMean, register
+from server.aggregation.base import FedOpt, register
 
 
 @register("fedit")
-class FedIT(WeightedMean):
+class FedIT(FedOpt):
     """Averages every released tensor."""

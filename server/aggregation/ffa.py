@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from common.errors import AdapterError
 from common.messages import Tensors
-from server.aggregation.base import MeanState, WeightedMean, register
+from server.aggregation.base import FedOpt, register
 
 
 @register("ffa")
-class FFALoRA(WeightedMean):
+class FFALoRA(FedOpt):
     """Averages B (and the head); an update of A is a layout error."""
 
-    def accumulate(self, state: MeanState, update: Tensors, weight: float) -> MeanState:
-        """Adds ``weight · update``.
-
-        Raises:
-            AdapterError: the update touches A, or does not fit.
-        """
+    def check(self, adapter: Tensors, update: Tensors) -> None:
+        """Refuses an update of A."""
         frozen = [name for name in update if ".lora_A." in name]
         if frozen:
-            raise AdapterError(f"update: '{frozen[0]}' is frozen in ffa")
-        return super().accumulate(state, update, weight)
+            raise AdapterError(f"update: '{frozen[0]}' is frozen in {self.name}")
+        super().check(adapter, update)

@@ -188,7 +188,7 @@ class MortalSite:
     @property
     def listen(self) -> str:
         """Where the agent serves."""
-        return f"unix:{self.folder / 'consilium-agent.sock'}"
+        return f"unix:{self.folder / 'run' / 'agent.sock'}"
 
     def plan(self, run: str = "run", **settings: Any) -> Plan:
         """A plan of three rounds of two steps."""

@@ -22,7 +22,16 @@ from site_files import COORDINATOR
 from small_sites import request_for, shown
 
 from common.code import code_digest
-from common.messages import DescribeRequest, Pending, PlanStatus, Refusal, RefusalReason, Release, TrainRequest
+from common.messages import (
+    DescribeRequest,
+    Pending,
+    PlanStatus,
+    Refusal,
+    RefusalReason,
+    Release,
+    TrainRequest,
+    WireTensors,
+)
 from common.plan import Plan
 from common.signing import PLAN, SigningKey
 
@@ -326,11 +335,19 @@ def test_a_second_agent_is_refused_with_the_first_ones_number_and_the_first_goes
 
 
 def _other_bytes(request: TrainRequest) -> TrainRequest:
-    return replace(request, adapter={name: array + np.float32(1e-6) for name, array in request.adapter.items()})
+    return _with(request, {name: array + np.float32(1e-6) for name, array in request.adapter.items()})
 
 
 def _without_a_tensor(request: TrainRequest) -> TrainRequest:
-    return replace(request, adapter=dict(list(request.adapter.items())[1:]))
+    return _with(request, dict(list(request.adapter.items())[1:]))
+
+
+def _flattened(request: TrainRequest) -> TrainRequest:
+    return _with(request, {name: array.ravel() for name, array in request.adapter.items()})
+
+
+def _with(request: TrainRequest, adapter: WireTensors) -> TrainRequest:
+    return replace(request, adapter=adapter, adapter_digest="")
 
 
 ALTERED: Mapping[str, tuple[Callable[[TrainRequest], TrainRequest], RefusalReason]] = {
@@ -340,7 +357,8 @@ ALTERED: Mapping[str, tuple[Callable[[TrainRequest], TrainRequest], RefusalReaso
     "a round beyond the plan": (lambda request: replace(request, round=4), RefusalReason.OUT_OF_ORDER),
     "another plan": (lambda request: replace(request, plan_digest="0" * 64), RefusalReason.UNKNOWN_PLAN),
     "another run": (lambda request: replace(request, run_id="other"), RefusalReason.UNKNOWN_PLAN),
-    "another layout": (lambda request: replace(_without_a_tensor(request), round=3), RefusalReason.ADAPTER_LAYOUT),
+    "another layout": (lambda request: replace(_flattened(request), round=3), RefusalReason.ADAPTER_LAYOUT),
+    "a tensor left out": (lambda request: replace(_without_a_tensor(request), round=3), RefusalReason.ADAPTER_MISSING),
 }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -111,13 +111,19 @@ def test_a_run_leaves_behind_everything_that_is_promised(command: Command, run_t
     assert (out / "run.toml").is_file() and (out / "checkpoint" / "LATEST").read_text() == "5"
 
 
-def test_only_what_a_round_trains_is_sent_up(command: Command, run_toml: Path, tmp_path: Path) -> None:
+def test_only_what_a_round_trains_is_sent_up_and_only_what_was_trained_is_sent_down(
+    command: Command, run_toml: Path, tmp_path: Path
+) -> None:
     command("simulate", "--config", run_toml, "--out", tmp_path / "out")
     rounds = json.loads((tmp_path / "out" / "summary.json").read_text())["rounds"]
-    head, b = 3 * 32 + 3, 2 * 2 * 32 * 4  # (weight + bias), two layers × (query, value) × [32, r]
-    assert rounds[1]["bytes_up"] == 3 * 4 * head
-    assert rounds[4]["bytes_up"] == 3 * 4 * (head + b)
-    assert rounds[4]["bytes_down"] == 3 * 4 * (head + 2 * b)
+    adapter = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
+    head = {name: array for name, array in adapter.items() if ".lora_" not in name}
+    trained = {**head, **{name: array for name, array in adapter.items() if ".lora_B." in name}}
+    assert sum(array.size for array in head.values()) == 3 * 32 + 3  # weight and bias
+    assert sum(array.size for array in trained.values()) == 3 * 32 + 3 + 2 * 2 * 32 * 4  # layers × (query, value) × B
+    nothing, of_head, of_both = (3 * len(save(tensors)) for tensors in ({}, head, trained))
+    assert [rounds[number]["bytes_up"] for number in range(1, 6)] == [of_head] * 3 + [of_both] * 2
+    assert [rounds[number]["bytes_down"] for number in range(1, 6)] == [nothing, of_head, of_head, of_head, of_both]
 
 
 def test_the_adapter_is_plain_peft_and_gives_the_same_answers(

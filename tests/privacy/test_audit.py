@@ -64,6 +64,23 @@ def test_the_engine_as_it_is_passes_every_check() -> None:
     assert sum(verdict.false_alarm for verdict in statistical) <= 1e-4
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("algorithm", ["la-lora", "rolora", "fedsvd"])
+def test_algorithms_that_move_a_and_b_in_turn_pass(algorithm: str, steps: int) -> None:
+    phase = PhaseSection(
+        name="lora",
+        rounds=4,
+        steps=steps,
+        sample_rate=0.25,
+        train=("head", "lora"),
+        algorithm=algorithm,
+        smoothing=1.0,
+        proximal=0.1,
+    )
+    found = audited(settings(phases=(phase,)), "replay", "noise")
+    assert [verdict.name for verdict in found.failed] == []
+
+
 def test_an_engine_for_patients_passes() -> None:
     found = audited(settings(phases=(LORA,), unit="patient", max_examples_per_unit=4), "replay", "sampling")
     assert [verdict.name for verdict in found.failed] == []

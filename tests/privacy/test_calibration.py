@@ -11,15 +11,15 @@ from dp_accounting.pld import privacy_loss_distribution
 from small_sites import classifier, encoded, phase, plan_for, policy_for, shown, site_for
 
 from client.privacy.budget import fits, sample_rates, segments_of, state_privacy
-from common.config import DEFAULT_PHASES, LoraSection, PhaseSection, PrivacySection, TaskSection
+from common.config import LoraSection, PhaseSection, PrivacySection, TaskSection, default_phases
 from common.errors import PrivacyError
 from common.messages import PhaseStatement
 from common.plan import Plan
 from common.privacy.accounting import Segment
 
 PHASES = {
-    "the default recipe": DEFAULT_PHASES["sequence-classification", "dp-sgd"],
-    "the default recipe of a language model": DEFAULT_PHASES["causal-lm", "dp-sgd"],
+    "the default recipe": default_phases("sequence-classification", PrivacySection()),
+    "the default recipe of a language model": default_phases("causal-lm", PrivacySection()),
     "one phase of expected batches": (phase("only", rounds=10, steps=2, sample_rate=None, batch_size=16),),
     "three unequal phases": (
         phase("head", rounds=5, steps=1, sample_rate=1.0, budget_share=0.2),

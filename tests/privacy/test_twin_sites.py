@@ -177,7 +177,7 @@ def fixed_noise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The audit log's clock stands still: its head, which leaves with a release, holds the hash of its times."""
+    """The audit log's clock stands still, and its salt is none: a head, which leaves with a release, hashes both."""
 
     class Noon(datetime):
         @classmethod
@@ -185,6 +185,7 @@ def fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
             return datetime(2026, 1, 1, 12, tzinfo=UTC)
 
     monkeypatch.setattr(client.audit_log, "datetime", Noon)
+    monkeypatch.setattr(client.audit_log, "fresh_salt", lambda: "")
 
 
 @pytest.fixture

@@ -151,7 +151,8 @@ class SoakedSite:
         if not done:
             return
         request = request_for(plan, self.site.adapter, self.dice.choice(done))
-        altered = replace(request, adapter={name: array + 1 for name, array in request.adapter.items()})
+        changed = {name: array + 1 for name, array in request.adapter.items()}
+        altered = replace(request, adapter=changed, adapter_digest="")
         reply = self.site.try_to(lambda: self.site.ask(altered))
         if reply is not None:
             assert isinstance(reply, Refusal) and reply.reason in (*PLANS_END, *ROUNDS_END), reply

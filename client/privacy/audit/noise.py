@@ -71,7 +71,9 @@ class Noise:
         """The noise of one round, divided by the deviation that the statement promises."""
         phase = self.subject.plan.phase_of(round)
         stated = self.statements[phase.name]
-        scale = subject.noise(stated) * phase.clip_norm * math.sqrt(phase.steps)
+        moved, parts = self.subject.moved(round), slices_of(self.subject, round)
+        steps = np.concatenate([np.full(part.stop - part.start, moved[name]) for name, part in parts.items()])
+        scale = subject.noise(stated) * phase.clip_norm * np.sqrt(steps)
         return probe.noisy_sum(round, adapter, subject.plan) / scale
 
     def of_phase(self, name: str) -> Iterable[tuple[int, FloatArray]]:

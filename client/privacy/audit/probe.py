@@ -21,6 +21,7 @@ from client.privacy.ledger import Ledger
 from client.privacy.row_independence import Probed
 from client.site import Resources, Site
 from common.adapted import AdaptedModel
+from common.algorithms import LOCAL_RULES
 from common.config import PhaseSection, RunConfig
 from common.errors import ConfigError
 from common.examples import Examples
@@ -67,8 +68,16 @@ class Subject:
         return NoiseSplit.of(self.plan.privacy).gradient(stated.noise_multiplier)
 
     def names(self, round: int) -> tuple[str, ...]:
-        """The tensors of a round, in the order of :meth:`Probe.noisy_sum`."""
-        return self.model.trained_in(self.plan.phase_of(round), self.plan.round_of_phase(round))
+        """The tensors of a round that move in it, in the order of :meth:`Probe.noisy_sum`."""
+        return tuple(self.moved(round))
+
+    def moved(self, round: int) -> dict[str, int]:
+        """Tensor → in how many of the round's steps it moves."""
+        phase = self.plan.phase_of(round)
+        rule, steps = LOCAL_RULES[phase.algorithm], range(1, phase.steps + 1)
+        names = self.model.trained_in(phase, self.plan.round_of_phase(round))
+        counts = {name: sum(rule.moves(self.model.group_of(name), step) for step in steps) for name in names}
+        return {name: count for name, count in counts.items() if count}
 
     def rounds_of(self, phase: PhaseSection) -> range:
         """The rounds of a phase."""
@@ -96,9 +105,10 @@ def subject_of(
 
 
 def audited_phase(phase: PhaseSection, **changes: Any) -> PhaseSection:
-    """A phase with plain SGD: the optimiser only processes the noisy gradient further, which costs no privacy, and with
-    SGD a release *is* the sum of its noisy gradients."""
-    fixed = {"optimizer": "sgd", "layers": None if phase.layers is None else 1}
+    """A phase with plain SGD: whatever else is done to the noisy gradient only processes it further, which costs no
+    privacy, and with SGD a release *is* the sum of its noisy gradients."""
+    plain = {"optimizer": "sgd", "proximal": 0.0, "smoothing": 0.0}
+    fixed = {**plain, "layers": None if phase.layers is None else 1}
     return PhaseSection(**{**phase.model_dump(), **fixed, **changes})
 
 
@@ -210,7 +220,7 @@ def flattened(tensors: Mapping[str, FloatArray]) -> FloatArray:
 def slices_of(subject: Subject, round: int) -> dict[str, slice]:
     """Where each tensor lies in :meth:`Probe.noisy_sum`."""
     shapes, found, start = dict(subject.model.spec.shapes), {}, 0
-    for name in sorted(subject.names(round)):
+    for name in subject.names(round):
         size = int(np.prod(shapes[name]))
         found[name] = slice(start, start + size)
         start += size

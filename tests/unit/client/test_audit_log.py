@@ -273,6 +273,7 @@ def test_plain_details_are_written_as_they_are(path: Path) -> None:
         ({"loss": float("-inf")}, "'loss' is not finite"),
         ({"seed": -(1 << 53)}, "'seed' is not finite, or has more than 53 bits"),
         ({"previous": "0"}, "'previous' is written by the log itself"),
+        ({"salt": "0"}, "'salt' is written by the log itself"),
         ({"time": "now"}, "'time' is written by the log itself"),
         ({f"field{n}": "\N{HOSPITAL}" * 200 for n in range(40)}, "longer than 65536 bytes together"),
     ],

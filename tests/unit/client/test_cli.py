@@ -26,6 +26,7 @@ from client.site import Site
 from common.adapted import AdaptedModel
 from common.errors import ConfigError, LedgerError
 from common.messages import PlanStatus, Refusal, RefusalReason, Release
+from common.model import digest_of
 from common.plan import Plan
 from common.signing import SigningKey
 
@@ -61,6 +62,16 @@ def run(config: Path, *arguments: str) -> Result:
 def as_json(config: Path, *arguments: str) -> Any:
     result = run(config, *arguments, "--json")
     return json.loads(result.stdout)
+
+
+def change(config: Path, *table: str, **settings: Any) -> None:
+    """Settings of a table of ``site.toml`` as a person edits them."""
+    tables = tomllib.loads(config.read_text())
+    section = tables
+    for name in table:
+        section = section.setdefault(name, {})
+    section.update(settings)
+    config.write_text(tomli_w.dumps(tables))
 
 
 def trail(site: Site) -> list[dict[str, Any]]:
@@ -109,6 +120,7 @@ def test_a_plan_is_rejected_and_that_is_recorded(config: Path, site: Site, plan:
 
 
 def test_to_approve_what_does_not_fit_refuses_it_and_says_so(config: Path, model: AdaptedModel, plan: Plan) -> None:
+    change(config, "populations", "site", lifetime_epsilon=5.0)
     policy = policy_for(model, approval="manual", lifetime_epsilon=5.0)
     with closing(site_for(config.parent / "state", model, (), policy).ledger) as ledger:
         assert ledger.balance("site").limit == 5.0
@@ -363,6 +375,36 @@ def test_a_plan_that_the_policy_does_not_allow_any_more_is_not_approved(config: 
     assert site.ledger.plan(plan.digest()).decision is Decision.WAITING  # type: ignore[union-attr]
 
 
+def test_a_plan_whose_key_is_pinned_no_more_is_not_approved(config: Path, plan: Plan, site: Site) -> None:
+    change(config, "policy", coordinator_keys=[SigningKey.fresh().public])
+    assert "IT IS NOT SIGNED" in run(config, "show", plan.digest()).stdout
+    error = run(config, "approve", plan.digest()).exception
+    assert isinstance(error, ConfigError) and "no key that policy.coordinator_keys names now has signed it" in str(
+        error
+    )
+    assert site.ledger.reserved("site") == []
+
+
+@pytest.mark.parametrize("limit", [1.0, 60.0])
+def test_nothing_is_approved_under_another_limit_than_site_toml_says(
+    config: Path, plan: Plan, site: Site, limit: float
+) -> None:
+    change(config, "populations", "site", lifetime_epsilon=limit)
+    error = run(config, "approve", plan.digest()).exception
+    assert isinstance(error, ConfigError) and "with a lifetime_epsilon of 50, as it did when the agent" in str(error)
+    assert (site.ledger.reserved("site"), site.ledger.balance("site").limit) == ([], 50.0)
+
+
+def test_with_fixed_keys_no_command_shows_an_epsilon(config: Path, plan: Plan, site: Site) -> None:
+    change(config, "testing", noise="fast", seed=0)
+    pending = run(config, "pending")
+    assert [each["epsilon"] for each in as_json(config, "pending")] == [None]
+    assert "fixed keys are in use: no privacy is claimed" in pending.stderr
+    assert "THE PLAN PROMISES NO PRIVACY" in run(config, "show", plan.digest()).stdout
+    assert as_json(config, "show", plan.digest())["epsilon"] is None
+    assert [each["epsilon"] for each in as_json(config, "ledger")["plans"]] == [None]
+
+
 def test_a_second_agent_does_not_start(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.agent.forbid_inspection", lambda: None)  # of this very process
     SigningKey.create(config.parent / "state" / "site.key")
@@ -394,3 +436,47 @@ def test_check_of_good_data_says_what_the_coordinator_will_see(config: Path) -> 
     assert result.exit_code == 0
     assert "2 rows, 2 privacy units (example); 0 rows cannot be learnt from" in result.stdout
     assert '"public_size": 40' in result.stdout and CODE not in result.stdout
+
+
+def test_check_needs_no_labels_and_says_which_it_took(config: Path) -> None:
+    result = run(config, "check")
+    assert result.exit_code == 2 and "row 2: text is empty" in result.stdout and "feverish" in result.stdout
+    assert "every label that occurs was taken for a label of the plan (4: 'feverish', 'review'" in result.stdout
+    file = config.parent / "train.csv"
+    file.write_text("note,class\nmild cough,2\nfever,1\n")
+    assert "(3: '0', '1', '2')" in run(config, "check").stdout
+    file.write_text("note,class\nmild cough,routine\nfever,routine\n")
+    assert "holds fewer than two labels" in str(run(config, "check").exception)
+
+
+def test_check_prints_the_digests_of_the_models_and_which_of_them_the_policy_lacks(
+    config: Path, tiny_bert: Path
+) -> None:
+    digest = digest_of(tiny_bert)
+    assert f"base model '{tiny_bert}': {digest}\n" in run(config, "check", "--labels", LABELS).stdout
+    change(config, "policy", base_models=["0" * 64])
+    report = as_json(config, "check", "--labels", LABELS)
+    assert report["models"] == {str(tiny_bert): digest}
+    assert any("the agent will not start: policy.base_models does not list" in remark for remark in report["remarks"])
+
+
+def test_check_tells_what_would_keep_the_agent_from_starting_and_makes_nothing(config: Path) -> None:
+    change(config, "site", trust_relay=False)
+    remarks = as_json(config, "check", "--labels", LABELS)["remarks"]
+    assert any(remark.startswith("the agent will not start: site.relay_user: is missing") for remark in remarks)
+    assert not (config.parent / "state").exists()
+
+
+def test_check_names_a_row_that_no_tokenizer_takes(config: Path) -> None:
+    change(config, "data", "default", path="train.jsonl")
+    rows = [{"note": "mild cough", "class": "routine"}, {"note": "\ud800", "class": "urgent"}]
+    (config.parent / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(config, "check", "--labels", LABELS)
+    assert result.exit_code == 2 and "row 1: row cannot be encoded" in result.stdout
+
+
+def test_check_checks_for_the_task_that_the_policy_allows(config: Path) -> None:
+    change(config, "policy", tasks=["causal-lm"])
+    change(config, "data", "default", columns={"prompt": "note", "completion": "class"})
+    report = as_json(config, "check")
+    assert report["data"]["default"]["rows"] == 4

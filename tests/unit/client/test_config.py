@@ -79,7 +79,7 @@ def test_relative_paths_start_at_the_files_own_folder(tmp_path: Path, monkeypatc
     assert config.data["default"].path == str(home / "notes.csv")
     assert config.models == (str(home / "base"), "minilm")
     assert (config.site.state, config.site.counter) == (home / "state", home / "consilium.counter")
-    assert config.site.listen == f"unix:{home}/consilium-agent.sock"
+    assert config.site.listen == f"unix:{home}/run/agent.sock"
     assert config.tls is not None
     assert (config.tls.certificate, config.tls.key) == (home / "site.pem", home / "keys" / "site.key")
     assert str(config.tls.authority) == "/etc/ca.pem"
@@ -106,6 +106,11 @@ def test_a_socket_path_that_the_system_cannot_bind_is_told(tmp_path: Path) -> No
 def test_a_site_needs_data(tmp_path: Path) -> None:
     (found,) = problems(tmp_path, f'[site]\nname = "north"\n{POPULATION}{POLICY}[data]\n')
     assert "at least one [data.NAME]" in found
+
+
+def test_a_site_needs_a_model(tmp_path: Path) -> None:
+    (found,) = problems(tmp_path, f"models = []\n{SMALLEST}")
+    assert found.startswith("models = ")
 
 
 def test_fixed_keys_must_be_asked_for_in_so_many_words(tmp_path: Path) -> None:

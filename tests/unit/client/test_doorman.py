@@ -186,6 +186,17 @@ def test_the_socket_opens_to_other_users_only_where_one_is_welcome(
     assert stat.S_ISSOCK(status) and stat.S_IMODE(status) == mode
 
 
+def test_a_folder_made_for_the_socket_can_be_entered_and_not_listed_whatever_the_umask(
+    tmp_path: Path, server: Server
+) -> None:
+    path, old = tmp_path / "run" / "agent.sock", os.umask(0o077)
+    try:
+        Doorman(path, STRANGERS, server.bind).stop()
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o711
+
+
 def test_one_caller_too_many_is_closed_until_another_leaves(door: Doorman, server: Server) -> None:
     callers = [call(door.path) for _ in range(CONNECTIONS)]
     served = [server.accept() for _ in range(CONNECTIONS)]

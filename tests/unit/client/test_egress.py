@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,12 +36,17 @@ def entry(decision: Decision, refusal: RefusalReason | None = None) -> PlanEntry
     return PlanEntry("digest", "run", "{}", decision, refusal, STATEMENT, "2030-01-01T00:00:00+00:00")
 
 
+def payload(*given: Any, **named: Any) -> bytes:
+    """What leaves."""
+    return egress.release(*given, **named).payload
+
+
 def describe(stand: PlanEntry | RefusalReason, fixed_keys: bool = False) -> SiteDescription:
     return egress.description("north", stand, "code", ("causal-lm",), 8, 40, fixed_keys)
 
 
 def test_a_release_is_the_update_unchanged() -> None:
-    sent = load(egress.release(UPDATE, SPEC))
+    sent = load(payload(UPDATE, SPEC))
     assert {name: array.tolist() for name, array in sent.items()} == {
         "a": [0.0, 1.0, 2.0, 3.0],
         "b": [[1.0] * 3, [1.0] * 3],
@@ -50,7 +56,7 @@ def test_a_release_is_the_update_unchanged() -> None:
 
 def test_equal_updates_make_equal_bytes_in_whatever_order_and_memory_they_come() -> None:
     other = {"b": np.asfortranarray(UPDATE["b"]), "a": UPDATE["a"].copy()}
-    assert egress.release(other, SPEC) == egress.release(UPDATE, SPEC)
+    assert payload(other, SPEC) == payload(UPDATE, SPEC)
 
 
 @pytest.mark.parametrize(
@@ -67,34 +73,34 @@ def test_equal_updates_make_equal_bytes_in_whatever_order_and_memory_they_come()
 )
 def test_any_other_layout_does_not_leave(update: dict[str, np.ndarray]) -> None:
     with pytest.raises(AdapterError, match="release"):
-        egress.release(update, SPEC)
+        payload(update, SPEC)
 
 
 def test_what_is_not_finite_leaves_as_zero_and_what_is_extreme_as_a_bound() -> None:
     odd = np.array([np.nan, np.inf, -np.inf, 3e38], np.float32)
-    assert load(egress.release({**UPDATE, "a": odd}, SPEC))["a"].tolist() == [0, 0, 0, np.float32(1e30)]
+    assert load(payload({**UPDATE, "a": odd}, SPEC))["a"].tolist() == [0, 0, 0, np.float32(1e30)]
     low = np.array([-3e38, -1e30, 1e-45, 5], np.float32)
-    assert load(egress.release({**UPDATE, "a": low}, SPEC))["a"].tolist() == low.clip(-1e30).tolist()
+    assert load(payload({**UPDATE, "a": low}, SPEC))["a"].tolist() == low.clip(-1e30).tolist()
 
 
 def test_minus_zero_leaves_as_zero() -> None:
     minus = {name: -np.zeros_like(array) for name, array in UPDATE.items()}
     plus = {name: np.zeros_like(array) for name, array in UPDATE.items()}
     assert np.signbit(minus["a"]).all()
-    assert egress.release(minus, SPEC) == egress.release(plus, SPEC)
+    assert payload(minus, SPEC) == payload(plus, SPEC)
 
 
 def test_a_nan_leaves_no_trace_of_its_bits() -> None:
     bits = np.array([0x7FC00000, 0xFFC12345, 0x7F800001, 0xFF800000], np.uint32)
     zeros = np.zeros(4, np.float32)
-    assert egress.release({**UPDATE, "a": bits.view(np.float32)}, SPEC) == egress.release({**UPDATE, "a": zeros}, SPEC)
+    assert payload({**UPDATE, "a": bits.view(np.float32)}, SPEC) == payload({**UPDATE, "a": zeros}, SPEC)
 
 
 BOUNDS = {"loss": 2.5, "accuracy": 1.0}
 
 
 def stored(means: dict[str, float] | None = None) -> StoredRelease:
-    return StoredRelease(egress.release(UPDATE, SPEC, means or {}, BOUNDS if means else {}), '{"lines":3}')
+    return StoredRelease(payload(UPDATE, SPEC, means or {}, BOUNDS if means else {}), '{"lines":3}')
 
 
 def replied(release: StoredRelease) -> Release:
@@ -125,7 +131,7 @@ def test_metrics_are_stored_beside_the_tensors_and_leave_apart_from_them_in_thei
 
 
 def test_without_metrics_the_bytes_are_those_of_the_tensors() -> None:
-    assert egress.release(UPDATE, SPEC, {}, {}) == save(UPDATE) == egress.release(UPDATE, SPEC)
+    assert payload(UPDATE, SPEC, {}, {}) == save(UPDATE) == payload(UPDATE, SPEC)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +156,7 @@ def test_a_metric_leaves_within_its_bounds_and_finite_whatever_noise_made_of_it(
 
 def test_a_metric_leaves_as_the_nearest_fp32_number_and_within_its_bound_as_such() -> None:
     third = {"loss": 2 * np.log(3)}
-    reply = replied(StoredRelease(egress.release(UPDATE, SPEC, {"loss": 5.0}, third), ""))
+    reply = replied(StoredRelease(payload(UPDATE, SPEC, {"loss": 5.0}, third), ""))
     assert reply.metrics == {"loss": float(np.float32(2 * np.log(3)))}
 
 
@@ -161,12 +167,12 @@ def test_a_metric_leaves_as_the_nearest_fp32_number_and_within_its_bound_as_such
 )
 def test_other_metrics_than_the_plans_do_not_leave(means: dict[str, float]) -> None:
     with pytest.raises(AdapterError, match="release: metrics"):
-        egress.release(UPDATE, SPEC, means, BOUNDS)
+        payload(UPDATE, SPEC, means, BOUNDS)
 
 
 def test_metrics_that_no_plan_asks_for_do_not_leave() -> None:
     with pytest.raises(AdapterError, match="release: metrics"):
-        egress.release(UPDATE, SPEC, {"loss": 0.5})
+        payload(UPDATE, SPEC, {"loss": 0.5})
 
 
 def test_no_reply_has_a_field_beyond_the_allow_list() -> None:

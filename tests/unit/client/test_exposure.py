@@ -13,8 +13,20 @@ from pathlib import Path
 
 import pytest
 
-from client.config import SiteConfig, SiteDataSection, SiteSection
-from client.exposure import ACCESS_LIST, User, admit_relay, exposures, guarded, refuse_exposed, socket_faults, user_of
+import client.exposure
+from client.config import SiteConfig, SiteDataSection, SiteSection, TlsSection
+from client.exposure import (
+    ACCESS_LIST,
+    User,
+    admit_relay,
+    exposures,
+    guarded,
+    refuse_exposed,
+    socket_faults,
+    steering,
+    user_of,
+    welcome_users,
+)
 from common.errors import ConfigError
 
 RELAY = User("relay", 61001, frozenset({61001, 61002}))
@@ -285,7 +297,43 @@ def test_site_toml_itself_is_guarded(place: Path) -> None:
 def test_data_of_the_hub_and_what_is_not_there_yet_are_not_guarded(place: Path) -> None:
     config = config_of(place, relay_user="61001", counter=place / "counter")
     paths = guarded(config, file_at(place / "site.toml"))
-    assert set(paths) == {"site.toml", "data.a.path"}
+    assert set(paths) == {"site.toml", "data.a.path", "site.counter"}
+
+
+def test_a_counter_that_the_user_could_make_first_is_exposed(place: Path) -> None:
+    open_folder = folder_at(place / "open", 0o777)
+    config = config_of(place, relay_user="61001", counter=open_folder / "counter")
+    with pytest.raises(ConfigError, match=r"^site\.counter = .*can put something else in its place in"):
+        admit_relay(config, file_at(place / "site.toml"))
+
+
+def test_a_model_may_be_read_and_must_not_be_written(place: Path) -> None:
+    model = folder_at(place / "model", 0o755)
+    file_at(model / "config.json", 0o644)
+    config = config_of(place, relay_user="61001").model_copy(update={"models": (str(model),)})
+    source = file_at(place / "site.toml")
+    assert admit_relay(config, source) == {61001}
+    weights = file_at(model / "model.safetensors", 0o646)
+    with pytest.raises(ConfigError) as caught:
+        admit_relay(config, source)
+    assert caught.value.problems == [
+        f"models: {model} = '{model}': the relay's user '61001' can write '{weights}'; chmod go-w '{weights}'"
+    ]
+
+
+def test_the_installed_code_and_certificates_are_looked_at(place: Path) -> None:
+    tls = TlsSection(**{name: file_at(place / name, 0o644) for name in ("certificate", "key", "authority")})
+    paths = steering(config_of(place, listen="127.0.0.1:7000").model_copy(update={"tls": tls}))
+    assert set(paths) == {
+        *(f"installation: {name}" for name in ("client", "common", "Python")),
+        *("tls.certificate", "tls.authority"),
+    }
+    assert paths["installation: client"] == Path(client.exposure.__file__).parent
+
+
+def test_looking_makes_nothing(place: Path) -> None:
+    assert welcome_users(config_of(place, relay_user="61001"), file_at(place / "site.toml")) == {61001}
+    assert not (place / "state").exists()
 
 
 def test_without_a_relay_user_no_unix_socket_is_served(place: Path) -> None:

@@ -186,16 +186,16 @@ def test_a_file_put_beside_the_journal_of_a_newer_copy_is_refused(tmp_path: Path
 def test_a_ledger_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     open_ledger(tmp_path).close()
     with closing(sqlite3.connect(tmp_path / "ledger.sqlite")) as db:
-        db.execute("UPDATE meta SET value='3' WHERE key='schema_version'")
+        db.execute("UPDATE meta SET value='4' WHERE key='schema_version'")
         db.commit()
-    with pytest.raises(LedgerError, match=r"schema_version 3 is newer .* \(2\); update it"):
+    with pytest.raises(LedgerError, match=r"schema_version 4 is newer .* \(3\); update it"):
         Ledger(tmp_path)
 
 
 def test_a_ledger_of_version_1_is_taken_over_with_all_it_holds(tmp_path: Path) -> None:
     secret = write_version_1(tmp_path)
     with closing(open_ledger(tmp_path, limit=50.0, counter=tmp_path.parent / f"{tmp_path.name}.counter")) as ledger:
-        assert rows(tmp_path, "SELECT value FROM meta WHERE key='schema_version'") == [("2",)]
+        assert rows(tmp_path, "SELECT value FROM meta WHERE key='schema_version'") == [("3",)]
         assert [(entry.digest, entry.decision) for entry in ledger.plans()] == [
             ("plan", Decision.APPROVED),
             ("waiting", Decision.WAITING),

@@ -233,6 +233,8 @@ def test_waiting_plans_are_decided_by_the_policy_of_the_day(model: AdaptedModel,
     waiting.describe(shown(plan))
     stricter = site_for(tmp_path, model, no_data, policy_for(model, max_epsilon=1.0))
     assert stricter.describe(shown(plan)).refusal is RefusalReason.POLICY
+    noisier = site_for(tmp_path, model, no_data, policy_for(model, min_noise_multiplier=50.0))
+    assert noisier.describe(shown(plan)).refusal is RefusalReason.POLICY
     automatic = site_for(tmp_path, model, no_data)
     assert automatic.describe(shown(plan)).status is PlanStatus.READY
 
@@ -330,12 +332,25 @@ def _nothing(state: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-@pytest.mark.parametrize("changed", [_one_missing, _one_too_many, _double, _flattened, _nothing])
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (_one_too_many, RefusalReason.ADAPTER_LAYOUT),
+        (_double, RefusalReason.ADAPTER_LAYOUT),
+        (_flattened, RefusalReason.ADAPTER_LAYOUT),
+        (_one_missing, RefusalReason.ADAPTER_MISSING),
+        (_nothing, RefusalReason.ADAPTER_MISSING),
+    ],
+)
 def test_an_adapter_of_another_layout_is_refused_before_anything_is_charged(
-    ready: Site, model: AdaptedModel, plan: Plan, changed: Callable[[dict[str, Any]], dict[str, Any]]
+    ready: Site,
+    model: AdaptedModel,
+    plan: Plan,
+    changed: Callable[[dict[str, Any]], dict[str, Any]],
+    expected: RefusalReason,
 ) -> None:
     request = request_for(plan, changed(random_state(model)))
-    assert reason(ready.train(request)) is RefusalReason.ADAPTER_LAYOUT
+    assert reason(ready.train(request)) is expected
     assert ready.ledger.charges(plan.digest()) == []
     assert isinstance(ready.train(request_for(plan, random_state(model))), Release)
 
@@ -432,6 +447,7 @@ def test_the_audit_log_tells_what_happened_and_nothing_about_the_data(
         "time",
         "event",
         "previous",
+        "salt",
         "run",
         "plan",
         "refusal",

@@ -142,7 +142,7 @@ def trail(config: Path) -> list[dict[str, Any]]:
     log = config.parent / "state" / "audit.jsonl"
     assert verify(log).intact
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return [{name: line[name] for name in line if name not in ("time", "previous")} for line in lines]
+    return [{name: line[name] for name in line if name not in ("time", "previous", "salt")} for line in lines]
 
 
 # ---------------------------------------------------------------------------------------------------------------- files

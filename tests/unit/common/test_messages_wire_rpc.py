@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from io import BytesIO
@@ -19,6 +21,7 @@ from safetensors.numpy import load, save
 from common import rpc, wire
 from common.errors import WireError
 from common.messages import (
+    INITIAL,
     SCHEMA_VERSION,
     DescribeRequest,
     Pending,
@@ -32,8 +35,10 @@ from common.messages import (
     TrainReply,
     TrainRequest,
     Unavailable,
+    adapter_digest,
     joined,
     parted,
+    tensor_digest,
 )
 from common.protos import site_pb2 as pb
 
@@ -59,8 +64,8 @@ def same(left: Any, right: Any) -> bool:
     for one in fields(left):
         mine, other = getattr(left, one.name), getattr(right, one.name)
         if one.name in ("adapter", "update"):
-            if {k: (v.shape, v.tobytes()) for k, v in mine.items()} != {
-                k: (v.shape, v.tobytes()) for k, v in other.items()
+            if {k: (v.dtype, v.shape, v.tobytes()) for k, v in mine.items()} != {
+                k: (v.dtype, v.shape, v.tobytes()) for k, v in other.items()
             }:
                 return False
         elif mine != other:
@@ -77,11 +82,15 @@ shape = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 
 @st.composite
 def tensors(draw: st.DrawFn) -> Tensors:
-    drawn = draw(st.dictionaries(text, st.tuples(shape, st.integers(0, 2**32 - 1)), max_size=4))
-    return {
-        name: np.random.default_rng(seed).integers(0, 2**32, size, np.uint32).view(np.float32)  # NaN and Inf included
-        for name, (size, seed) in drawn.items()
-    }
+    stored = st.sampled_from([np.float32, np.uint16, np.int8])
+    drawn = draw(st.dictionaries(text, st.tuples(shape, stored, st.integers(0, 2**32 - 1)), max_size=4))
+    return {name: any_bits(size, kind, seed) for name, (size, kind, seed) in drawn.items()}
+
+
+def any_bits(size: tuple[int, ...], kind: type, seed: int) -> np.ndarray:
+    """NaN and Inf included."""
+    raw = np.random.default_rng(seed).bytes(int(np.prod(size)) * np.dtype(kind).itemsize)
+    return np.frombuffer(bytearray(raw), kind).reshape(size)
 
 
 requests = st.builds(
@@ -90,6 +99,7 @@ requests = st.builds(
     round=st.integers(1, 2**31),
     plan_digest=text,
     adapter=tensors(),
+    adapter_digest=st.just("") | text,
     schema_version=st.just(1),
 )
 releases = st.builds(
@@ -208,12 +218,17 @@ def test_the_same_metrics_make_the_same_frames_in_whatever_order_they_come() -> 
 
 def test_the_digest_does_not_depend_on_the_order_of_tensors_or_on_their_memory_layout() -> None:
     backwards = {name: np.asfortranarray(REQUEST.adapter[name]) for name in reversed(list(REQUEST.adapter))}
-    assert replace(REQUEST, adapter=backwards).digest() == REQUEST.digest()
+    assert of(backwards).digest() == REQUEST.digest()
+
+
+def of(adapter: Tensors) -> TrainRequest:
+    """A request in which all of an adapter travels."""
+    return TrainRequest(REQUEST.run_id, REQUEST.round, REQUEST.plan_digest, adapter)
 
 
 def test_whatever_a_site_would_answer_differently_to_changes_the_digest() -> None:
     def with_b(array: np.ndarray) -> TrainRequest:
-        return replace(REQUEST, adapter={**REQUEST.adapter, "b": array})
+        return of({**REQUEST.adapter, "b": array})
 
     b = REQUEST.adapter["b"]
     others = [
@@ -224,10 +239,16 @@ def test_whatever_a_site_would_answer_differently_to_changes_the_digest() -> Non
         with_b(b.reshape(6)),
         with_b(np.nextafter(b, np.float32(9))),
         with_b(np.where(b == 0, np.float32(-0.0), b)),
-        replace(REQUEST, adapter={"a": REQUEST.adapter["a"], "c": b}),
-        replace(REQUEST, adapter={"a": REQUEST.adapter["a"]}),
+        of({"a": REQUEST.adapter["a"], "c": b}),
+        of({"a": REQUEST.adapter["a"]}),
+        replace(REQUEST, adapter_digest=adapter_digest({"a": tensor_digest(REQUEST.adapter["a"]), "b": INITIAL})),
     ]
     assert len({request.digest() for request in (REQUEST, *others)}) == 1 + len(others)
+
+
+def test_the_digest_of_a_request_is_that_of_the_whole_adapter_however_little_of_it_travels() -> None:
+    for travels in ({}, {"a": REQUEST.adapter["a"]}, REQUEST.adapter):
+        assert replace(REQUEST, adapter=travels).digest() == REQUEST.digest()
 
 
 # ---- only the agreed fields -----------------------------------------------------------------------------------------
@@ -253,7 +274,11 @@ SENT: list[tuple[RecordDict, set[str], bool]] = [
         },
         False,
     ),
-    (wire.train_request_to_record(REQUEST), {"run_id", "round", "plan_digest", "schema_version"}, True),
+    (
+        wire.train_request_to_record(REQUEST),
+        {"run_id", "round", "plan_digest", "adapter_digest", "schema_version"},
+        True,
+    ),
     (
         wire.train_reply_to_record(RELEASE),
         {"kind", "site", "run_id", "round", "request_digest", "head", "metrics", "schema_version"},
@@ -286,7 +311,11 @@ def test_a_statement_travels_with_these_fields_and_no_others() -> None:
             {"schema_version", "site", "run_id", "round", "request_digest", "layout", "head", "metrics"},
         ),
         (pb.Metric, {"name", "value"}),
-        (pb.TensorLayout, {"name", "shape"}),
+        (pb.TensorLayout, {"name", "shape", "type"}),
+        (
+            pb.TrainRequestHeader,
+            {"schema_version", "run_id", "round", "plan_digest", "layout", "adapter_digest"},
+        ),
         (pb.Refusal, {"site", "reason"}),
         (pb.Pending, {"site"}),
         (pb.SiteDescription, {one.name for one in fields(SiteDescription)}),
@@ -424,10 +453,73 @@ WHOLE = save({"x": np.ones(2, np.float32)})
         *("other kind", "not packed", "one more"),
     ],
 )
-def test_tensors_that_are_not_whole_fp32_arrays_are_refused(tensors: ArrayRecord) -> None:
+def test_tensors_that_are_not_whole_arrays_of_a_number_format_are_refused(tensors: ArrayRecord) -> None:
     record = RecordDict({**RECORD_HEADER, "tensors": tensors})
     with pytest.raises(WireError, match="message: "):
         wire.train_reply_from_record(record)
+
+
+def deflated(content: bytes, announced: int | None = None, cut: int | None = None) -> ArrayRecord:
+    packed = zlib.compress(content)[:cut]
+    size = len(content) if announced is None else announced
+    return ArrayRecord({"safetensors": Array("uint8", (size,), "safetensors+zlib", packed)})
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        deflated(WHOLE, announced=len(WHOLE) - 1),
+        deflated(WHOLE, announced=len(WHOLE) + 1),
+        deflated(WHOLE, announced=0),
+        deflated(WHOLE, announced=-1),
+        deflated(WHOLE, announced=(512 << 20) + 1),
+        deflated(WHOLE, cut=-1),
+        deflated(WHOLE, cut=0),
+        ArrayRecord({"safetensors": Array("uint8", (len(WHOLE),), "safetensors+zlib", zlib.compress(WHOLE) + b"\0")}),
+        ArrayRecord({"safetensors": Array("uint8", (len(WHOLE), 1), "safetensors+zlib", zlib.compress(WHOLE))}),
+        ArrayRecord({"safetensors": Array("uint8", (len(WHOLE),), "safetensors+zlib", WHOLE)}),
+    ],
+    ids=[
+        "less",
+        "more",
+        "none",
+        "negative",
+        "above the limit",
+        "cut",
+        "empty",
+        "goes on",
+        "flat no more",
+        "not deflated",
+    ],
+)
+def test_a_deflated_message_that_is_not_what_it_announces_is_refused(tensors: ArrayRecord) -> None:
+    with pytest.raises(WireError, match="message: its tensors cannot be read"):
+        wire.train_reply_from_record(RecordDict({**RECORD_HEADER, "tensors": tensors}))
+
+
+def test_no_more_is_inflated_than_was_announced() -> None:
+    """A few bytes must not become gigabytes: 200 MiB of zeros that announce themselves as one KiB."""
+    bomb = deflated(bytes(200 << 20), announced=1 << 10)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WireError, match="its tensors cannot be read"):
+            wire.train_reply_from_record(RecordDict({**RECORD_HEADER, "tensors": bomb}))
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_only_messages_of_integers_are_deflated_and_their_size_is_what_travels() -> None:
+    integers = {"b": np.zeros((384, 8), np.int8), "scale/b": np.ones(8, np.float32)}
+    for tensors in (REQUEST.adapter, {"b": np.zeros((384, 8), np.uint16)}, {}):
+        record = wire.train_request_to_record(replace(REQUEST, adapter=tensors))
+        (array,) = record.array_records["tensors"].values()
+        assert wire.size_of(record) == len(array.data) == len(save(dict(tensors))) == wire.size_of_tensors(tensors)
+    record = wire.train_request_to_record(replace(REQUEST, adapter=integers))
+    (array,) = record.array_records["tensors"].values()
+    assert array.stype == "safetensors+zlib" and zlib.decompress(array.data) == save(integers)
+    assert wire.size_of(record) == len(array.data) < 300 < len(save(integers))
+    assert wire.size_of(wire.train_reply_to_record(Pending("north"))) == 0
 
 
 def test_all_tensors_travel_as_one_array_since_flower_sends_each_by_requests_of_its_own() -> None:
@@ -483,6 +575,16 @@ def test_frames_that_are_missing_out_of_order_or_too_many_are_refused(
 ) -> None:
     with pytest.raises(WireError, match=message):
         rpc.train_request_of(frames)
+
+
+def test_frames_of_an_unknown_type_of_element_are_refused() -> None:
+    entry = pb.TensorLayout(name="a", shape=(1,))
+    entry.type = 7  # type: ignore[assignment]  # an enum of proto3 takes what a newer version may mean
+    head = pb.TrainRequestHeader(schema_version=1, run_id="r", round=1, plan_digest="p", layout=[entry])
+    with pytest.raises(WireError, match="tensor 'a' has elements of a type"):
+        rpc.train_request_of([pb.TrainRequestFrame(header=head), chunk(1.0)])
+    with pytest.raises(WireError, match="tensor 'a' is float64"):
+        list(rpc.train_request_frames(replace(REQUEST, adapter={"a": np.ones(1)})))
 
 
 def refusal(reason: str) -> pb.TrainReplyFrame:

@@ -23,8 +23,9 @@ from server.mailbox import Mailbox
 from server.roster import Roster
 from simulations.grid import InProcessGrid
 
+PHASE = {"name": "head", "rounds": 3, "sample_rate": 1.0, "clip_norm": 1.0, "train": ["head"]}
 STATEMENT = PrivacyStatement(
-    8.0, 1e-5, "example", "add-remove-one", "prv", 3, (PhaseStatement("head", 1.0, 2.5, 1.0, 3),)
+    8.0, 1e-5, "example", "add-remove-one", "prv", 3, (PhaseStatement("head", 1.0, 1.0, 1.0, 3),)
 )
 Answer = Callable[[], RecordDict | None]
 
@@ -64,7 +65,7 @@ class Nodes(InProcessGrid):
 
 @pytest.fixture
 def plan() -> Plan:
-    config = validate(RunConfig, {"task": {"labels": ["a", "b"]}}, "test")
+    config = validate(RunConfig, {"task": {"labels": ["a", "b"]}, "phase": [PHASE]}, "test")
     return plan_of(config, "run-1", "m" * 64, "a" * 64, "c" * 64)
 
 
@@ -99,7 +100,7 @@ def test_without_registered_names_the_first_to_claim_a_name_has_it(open_roster: 
     roster = open_roster(Nodes({1: _says(_site("north")), 2: _says(_site("north"))}))
     roster.gather(1, 60.0)
     assert roster.participants["north"].node == 1
-    assert roster.absent == {"north (node 2)": "duplicate-name"}
+    assert roster.absent == {"north (node 2)": "duplicate"}
 
 
 def test_a_registered_site_may_come_back_behind_another_node(open_roster: Callable[..., Roster]) -> None:
@@ -196,3 +197,19 @@ def test_a_site_may_describe_itself_anew(open_roster: Callable[..., Roster], tmp
     open_roster(Nodes({1: _says(_site("north"))})).gather(1, 60.0)
     open_roster(Nodes({1: _says(larger)})).gather(1, 60.0)
     assert RunFolder(tmp_path).sites()["north"]["public_size"] == 200
+
+
+@pytest.mark.parametrize(
+    "changes", [{"steps": 4}, {"sample_rate": 0.5}, {"clip_norm": 2.0}, {"noise_multiplier": 50.0}, {"name": "lora"}]
+)
+def test_a_site_that_states_other_terms_than_the_plans_is_left_out(
+    open_roster: Callable[..., Roster], changes: dict[str, object]
+) -> None:
+    other = replace(STATEMENT, phases=(replace(STATEMENT.phases[0], **changes),))  # type: ignore[arg-type]
+    grid = Nodes({1: _says(_site("north")), 2: _says(replace(_site("south"), privacy=other), _site("south"))})
+    roster = open_roster(grid)
+    roster.gather(1, 60.0)
+    assert set(roster.participants) == {"north"} and roster.absent == {"south": "foreign"}
+    for _ in range(2):
+        roster.refresh(0.0)
+    assert set(roster.participants) == {"north", "south"} and roster.absent == {}
