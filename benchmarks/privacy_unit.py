@@ -5,7 +5,7 @@
 The column ``focus`` names what a text is about; a site has 1 to 15 texts of each on average. (``doc_id`` names a
 document, of which the training split has one text each: there both units are the same.) Each cell is one federated run
 on the nine natural sites; the test split is evaluated once per cell, with the adapter chosen on validation. Resumable
-as ``medquad.py`` is; results/privacy_unit.md is written from results/privacy_unit.jsonl.
+as ``utility.py`` is; results/privacy_unit.md is written from results/privacy_unit.jsonl.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 
 import numpy as np
 from environment import RESULTS, environment
-from medquad import configured, run_cell
+from utility import configured, run_cell
 
 from common.config import RunConfig
 from common.data.load import load_rows

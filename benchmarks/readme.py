@@ -71,14 +71,12 @@ def shortened(text: str, head: int = 9, tail: int = 4) -> str:
 def measured() -> str:
     """The committed results, one paragraph each."""
     parts = []
-    if (RESULTS / "medquad.md").exists():
-        text = (RESULTS / "medquad.md").read_text(encoding="utf-8")
+    if (RESULTS / "utility.md").exists():
+        text = (RESULTS / "utility.md").read_text(encoding="utf-8")
         parts.append(
-            "Default recipe on medquad_qtype, nine natural sites, test split, mean ± spread "
-            "over seeds "
-            "(`benchmarks/medquad.py`; settings were chosen on validation data, "
-            "and that choice is not charged to ε; single sites, and the table by unit below, ran with the head recipe "
-            "before this one: clip norm 0.5, learning rate 8, momentum 0.9):\n\n" + text.partition("\n\n")[0]
+            "Default recipe on medquad_qtype, nine natural sites, test split, mean ± spread over seeds "
+            "(`benchmarks/utility.py`; settings were chosen on the server's validation data, and that choice is not "
+            "charged to ε):\n\n" + text.rpartition("\n\n")[0]
         )
     if (RESULTS / "simulation.json").exists():
         result = json.loads((RESULTS / "simulation.json").read_text(encoding="utf-8"))
@@ -99,12 +97,46 @@ def measured() -> str:
     if (RESULTS / "privacy_unit.md").exists():
         text = (RESULTS / "privacy_unit.md").read_text(encoding="utf-8")
         parts.append(
-            "The same recipe by example and with a larger privacy unit, the subject of a text, seed 0 alone "
+            "The recipe before the feature map (head on the last layer's states, clip norm 0.5, learning rate 8, "
+            "momentum 0.9) by example and with a larger privacy unit, the subject of a text, seed 0 alone "
             "(`benchmarks/privacy_unit.py`):\n\n" + text.partition("\n\n")[0]
         )
     if (RESULTS / "dp_step.json").exists():
         parts.append(_dp_steps(json.loads((RESULTS / "dp_step.json").read_text(encoding="utf-8"))))
+    if (RESULTS / "prefix_cache.json").exists():
+        parts.append(_prefix_cache(json.loads((RESULTS / "prefix_cache.json").read_text(encoding="utf-8"))["cells"]))
+    if (RESULTS / "bandwidth.md").exists():
+        text = (RESULTS / "bandwidth.md").read_text(encoding="utf-8")
+        parts.append(
+            "KiB that one site receives and sends in a round, by algorithm and number format "
+            "(`benchmarks/bandwidth.py`), and how small a part of all of A, B and head in fp32 that is:\n\n"
+            + text.partition("\n\nKiB")[0]
+        )
+    if (RESULTS / "robustness.md").exists():
+        text = (RESULTS / "robustness.md").read_text(encoding="utf-8")
+        parts.append(
+            "Hostile sites (`benchmarks/robustness.py`, where the attacks are described). " + text.rpartition("\n\n")[0]
+        )
     return "\n\n".join(parts) or "Nothing yet."
+
+
+def _prefix_cache(cells: dict[str, Any]) -> str:
+    """What the cache of frozen activations saves, cell by cell."""
+    lines = [
+        "A local round with the frozen-prefix cache against one with adapters in all six layers "
+        "(`benchmarks/prefix_cache.py`, random models of MiniLM's width, one thread, CPU time; median and range of the "
+        "ratios):\n",
+        "| model, adapted layers, mechanism | times faster | layers saved | examples/s | pairs |",
+        "|---|---|---|---|---|",
+    ]
+    for name, cell in cells.items():
+        ratio = cell["all_over_cached"]["cpu"]
+        speed = cell["examples_per_second"]
+        lines.append(
+            f"| {name.replace('-', ', ', 2)} | {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) | "
+            f"{cell['layers_ratio']:g} | {speed['all']:g} → {speed['cached']:g} | {ratio['n']} |"
+        )
+    return "\n".join(lines)
 
 
 def _dp_steps(cells: dict[str, Any]) -> str:

@@ -108,7 +108,7 @@ class PolicySection(Section):
     """Modules that may get an adapter, by the last part of their names; ``attention`` allows a plan that names none,
     which means query and value of the model's family."""
     max_rank: Count
-    """Largest LoRA rank."""
+    """Largest LoRA rank, and this site's own where a larger plan lets sites choose theirs."""
     max_epsilon: Positive
     """Largest ε of a single plan."""
     max_delta: Annotated[float, Field(gt=0, le=1e-3)] = 1e-5

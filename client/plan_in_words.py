@@ -117,7 +117,13 @@ def _training(plan: Plan, population: Population) -> Iterator[str]:
     yield f"Base model: the one with weight digest {plan.model_digest}. It stays as it is."
     where = ", ".join(map(shown, plan.lora.target_modules)) or "query and value of the attention"
     layers = f" of the top {plan.lora.layers} layers" if plan.lora.layers else " of all layers"
-    yield f"Adapter: LoRA of rank {plan.lora.r} (alpha {plan.lora.alpha:g}) on {where}{layers}."
+    rank = f"{plan.lora.r}" if plan.rank_at(1) == plan.lora.r else f"up to {plan.lora.r}, here policy.max_rank at most,"
+    yield f"Adapter: LoRA of rank {rank} (alpha {plan.lora.alpha:g}) on {where}{layers}."
+    if plan.task.maps_features:
+        yield (
+            f"Head: on {plan.task.feature_rank} coordinates of the top {plan.task.feature_levels} levels, "
+            "by a map that the coordinator sends."
+        )
 
 
 def _phase(phase: PhaseSection, statement: PrivacyStatement | None, population: Population) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from common.adapter import FEATURE_MAP, AdapterSpec, AdapterState, kaiming_rows, orthonormal_rows, rank_of
 from common.algorithms import LOCAL_RULES
-from common.config import LoraSection, PhaseSection, TaskSection
+from common.config import LoraSection, PhaseSection
 from common.errors import ModelError
 from common.messages import Tensors
 from common.model import BaseModel, can_checkpoint, checkpointed, layer_stack, pool, top_of
@@ -41,11 +41,6 @@ class Cut:
         return "features" if self.layer is None else f"layer{self.layer}"
 
 
-def maps_features(settings: TaskSection) -> bool:
-    """Whether a public linear map stands before the head."""
-    return settings.feature_map == "held-out-texts"
-
-
 INPUT = Cut(0)
 """No prefix: the top is the whole model and starts from token ids."""
 
@@ -65,7 +60,7 @@ class AdaptedModel:
         self.depth = len(layer_stack(self._encoder) or ())
         self.first_adapted = self._first_adapted()
         self._heads = self._head_names()
-        self.levels = task.settings.feature_levels if self._pools and maps_features(task.settings) else 1
+        self.levels = task.settings.feature_levels if self._pools and task.settings.maps_features else 1
         self._map = self._feature_map()
         self.peft: PeftModel = self._attach()
         self._parameters = self._canonical_parameters()
@@ -138,7 +133,7 @@ class AdaptedModel:
 
     def _feature_map(self) -> nn.Linear | None:
         settings = self.task.settings
-        if not (self._pools and maps_features(settings)):
+        if not (self._pools and settings.maps_features):
             return None
         if self.depth < self.levels or settings.feature_rank > self.width:
             raise ModelError(

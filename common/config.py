@@ -79,6 +79,11 @@ class TaskSection(Section):
     prompt_template: str = "{prompt}\n"
     """Causal LM: text before the completion; ``{prompt}`` is replaced. ``chat`` uses the tokenizer's chat template."""
 
+    @property
+    def maps_features(self) -> bool:
+        """Whether a public linear map stands before the head."""
+        return self.feature_map == "held-out-texts"
+
     @model_validator(mode="after")
     def _consistent(self) -> TaskSection:
         if self.name == "sequence-classification":
@@ -408,7 +413,7 @@ def default_phases(task: str, privacy: PrivacySection) -> tuple[PhaseSection, ..
 
     The head on frozen pooled features first, one full-batch step a round, from the label names; then FFA-LoRA. A
     clipped gradient is shorter than a free one, so the two want learning rates of their own. Chosen on validation data
-    of medquad_qtype (benchmarks/medquad.py); that choice is not charged to any ε.
+    of medquad_qtype (benchmarks/utility.py); that choice is not charged to any ε.
     """
     if task == "sequence-classification":
         private = privacy.mechanism != "none" and privacy.epsilon is not None

@@ -69,9 +69,13 @@ class Trained:
 
 
 class Federation:
-    """The data of all sites, encoded once, and one resident model; arms are run on it one after the other."""
+    """The data of all sites, encoded once, and one resident model; arms are run on it one after the other.
 
-    def __init__(self, config: RunConfig, model: AdaptedModel | None = None) -> None:
+    Args:
+        cache: folder in which frozen activations are kept for the next start; ``None``: in memory alone.
+    """
+
+    def __init__(self, config: RunConfig, model: AdaptedModel | None = None, cache: Path | None = None) -> None:
         data = config.data
         if data.path is None:
             raise ConfigError("data.path: is missing; give a folder, a file or a hub data set (--set data.path=PATH)")
@@ -87,6 +91,7 @@ class Federation:
                 [encoded[index] for index in indices],
                 self.model.task,
                 units=None if loaded.units is None else renumbered(loaded.units[indices]),
+                cache_folder=cache and cache / site,
             )
             for site, indices in self.parts.items()
         }

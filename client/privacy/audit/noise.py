@@ -74,7 +74,8 @@ class Noise:
         moved, parts = self.subject.moved(round), slices_of(self.subject, round)
         steps = np.concatenate([np.full(part.stop - part.start, moved[name]) for name, part in parts.items()])
         scale = subject.noise(stated) * phase.clip_norm * np.sqrt(steps)
-        return probe.noisy_sum(round, adapter, subject.plan) / scale
+        found: FloatArray = probe.noisy_sum(round, adapter, subject.plan) / scale
+        return found
 
     def of_phase(self, name: str) -> Iterable[tuple[int, FloatArray]]:
         """(round, values) of all sites in one phase."""

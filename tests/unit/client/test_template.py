@@ -61,12 +61,15 @@ def test_every_section_and_every_field_is_named() -> None:
     assert {*top, *(table.partition(".")[0] for table in SECTIONS)} == set(SiteConfig.model_fields)
 
 
+RANK = "Largest LoRA rank, and this site's own where a larger plan lets sites choose theirs."
+
+
 def test_a_field_is_explained_by_its_own_docstring() -> None:
     found = explanations()
-    assert found["PolicySection", "max_rank"] == "Largest LoRA rank."
+    assert found["PolicySection", "max_rank"] == RANK
     assert found["SiteSection", "listen"].startswith("``unix:PATH`` (relative to the folder of site.toml)")
     lines = TEXT.splitlines()
-    assert lines[lines.index("max_rank = 16") - 1] == "# Largest LoRA rank."
+    assert lines[lines.index("max_rank = 16") - 1] == f"# {RANK}"
     words = " ".join(line.removeprefix("# ") for line in lines)
     for text in found.values():
         assert " ".join(text.replace("``", "").split()) in words

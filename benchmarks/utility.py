@@ -1,0 +1,225 @@
+"""Utility on the nine natural sites of medquad_qtype: every algorithm in a race, then the table of the test split.
+
+    python benchmarks/utility.py race --data FOLDER
+    python benchmarks/utility.py table --data FOLDER --algorithms ffa,fedit
+    python benchmarks/utility.py beside --data FOLDER
+
+``race``    every algorithm in the LoRA phase of the default recipe, with the same learning rates for each, at epsilon 3
+            and one seed; judged on validation alone
+``table``   the algorithms named, each with the learning rate that won its race, at epsilon 8, 3, 1 and without
+            privacy; three seeds
+``beside``  the same recipe with all rows in one place (``centralised``), and every site alone (the best on validation
+            is shown); one seed
+
+The test split is scored once per cell of ``table`` and ``beside``, with the adapter that validation chose. Resumable: a
+finished cell is a line of results/utility.jsonl and is not run again; results/utility.md is written from it.
+
+On honesty: recipe and learning rates were chosen on the validation split, which is the server's own; in a real
+federation each try would have spent its epsilon at every site, and no figure here is charged for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from environment import RESULTS, environment
+
+from common.algorithms import LOCAL_RULES
+from common.config import RunConfig
+from common.toml_settings import apply_overrides, read_toml, validate
+from server.prepare import TEST
+from server.rounds import VALIDATION, Silent
+from simulations.simulate import Arm, Federation
+
+ROOT = Path(__file__).resolve().parent.parent
+CELLS, TABLE = RESULTS / "utility.jsonl", RESULTS / "utility.md"
+EPSILONS: tuple[float | None, ...] = (None, 8.0, 3.0, 1.0)
+RATES = (0.5, 4.0)
+"""Learning rates of the LoRA phase in the race."""
+METRICS = ("accuracy", "macro_f1")
+Cell = dict[str, Any]
+
+
+def configured(
+    data: str, epsilon: float | None, seed: int, algorithm: str = "", rate: float | None = None
+) -> RunConfig:
+    """The example's settings with the cell's privacy and seeds, and another LoRA phase where one is named."""
+    privacy = "privacy.mechanism=none" if epsilon is None else f"privacy.epsilon={epsilon}"
+    settings = [f"data.path={data}", f"run.seed={seed}", f"simulation.seed={seed}", privacy]
+    tables = apply_overrides(read_toml(ROOT / "examples" / "medquad_qtype.toml"), settings)
+    config = validate(RunConfig, tables, "benchmark")
+    if not algorithm:
+        return config
+    change = {"algorithm": algorithm} | ({"learning_rate": rate} if rate else {})
+    phases = tuple(one.model_copy(update=change) if "lora" in one.train else one for one in config.phases)
+    return config.model_copy(update={"phase": phases})
+
+
+def run_cell(federation: Federation, config: RunConfig, sites: Iterable[str], test: bool = True) -> Cell:
+    """One run: validation of its best round, and the test split once."""
+    with tempfile.TemporaryDirectory() as folder:
+        arm = Arm("benchmark", Path(folder) / "run", config, tuple(sites))
+        trained = federation.run(arm, "benchmark", False, lambda title, rounds: nullcontext(Silent()))
+    history = trained.result.history
+    best = next(one for one in history if one["round"] == trained.result.best_round)
+    cell: Cell = {"best_round": trained.result.best_round, VALIDATION: _figures(best["metrics"])}
+    lora = [one["metrics"] for one in history if one["phase"] == "lora"]
+    if lora:
+        cell["last_lora_round"] = _figures(lora[-1])
+    if test:
+        cell[TEST] = _figures(federation.evaluator.evaluate(trained.result.adapter, TEST))
+    return {**cell, "seconds": round(sum(sum(one["seconds"].values()) for one in history), 1)}
+
+
+def _figures(metrics: dict[str, float]) -> list[float]:
+    return [round(metrics[name], 4) for name in METRICS]
+
+
+class Cells:
+    """The finished cells, on disk."""
+
+    def __init__(self) -> None:
+        self.all: list[Cell] = [json.loads(line) for line in CELLS.read_text().splitlines()] if CELLS.exists() else []
+
+    def of(self, **key: Any) -> list[Cell]:
+        """Those with these entries."""
+        return [cell for cell in self.all if all(cell.get(name) == value for name, value in key.items())]
+
+    def add(self, key: Cell, run: Callable[[], Cell]) -> None:
+        """Runs the cell unless it is there."""
+        if self.of(**key):
+            return
+        cell = {**key, **run()}
+        self.all.append(cell)
+        with CELLS.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(cell) + "\n")
+        print(cell, flush=True)
+
+    def rate(self, algorithm: str) -> float | None:
+        """The learning rate that won the algorithm's race, by its last LoRA round; ``None`` if it has not run."""
+        ran = self.of(stage="race", algorithm=algorithm)
+        return max(ran, key=lambda cell: sum(cell["last_lora_round"]))["rate"] if ran else None
+
+
+# ---- the stages -----------------------------------------------------------------------------------------------------
+
+
+def race(federation: Federation, cells: Cells, arguments: argparse.Namespace) -> None:
+    """Validation alone."""
+    for rate in RATES:
+        for algorithm in arguments.algorithms or LOCAL_RULES:
+            key = {"stage": "race", "algorithm": algorithm, "rate": rate, "epsilon": 3.0, "seed": 0}
+            config = configured(arguments.data, 3.0, 0, algorithm, rate)
+            cells.add(key, lambda config=config: run_cell(federation, config, federation.parts, test=False))  # type: ignore[misc]
+
+
+def table(federation: Federation, cells: Cells, arguments: argparse.Namespace) -> None:
+    """Three seeds at all epsilon."""
+    for seed in range(arguments.seeds):
+        for epsilon in EPSILONS:
+            for algorithm in arguments.algorithms or ["ffa"]:
+                key = {"stage": "table", "algorithm": algorithm, "epsilon": epsilon, "seed": seed}
+                config = configured(arguments.data, epsilon, seed, algorithm, cells.rate(algorithm))
+                cells.add(key, lambda config=config: run_cell(federation, config, federation.parts))  # type: ignore[misc]
+
+
+def beside(federation: Federation, cells: Cells, arguments: argparse.Namespace) -> None:
+    """Every site alone."""
+    for epsilon in EPSILONS:
+        config = configured(arguments.data, epsilon, 0)
+        for site in federation.parts:
+            key = {"stage": "alone", "site": site, "epsilon": epsilon, "seed": 0}
+            cells.add(key, lambda config=config, site=site: run_cell(federation, config, (site,)))  # type: ignore[misc]
+
+
+def centralised(federation: Federation, cells: Cells, arguments: argparse.Namespace) -> None:
+    """All rows at one site."""
+    for epsilon in EPSILONS:
+        key = {"stage": "centralised", "epsilon": epsilon, "seed": 0}
+        config = configured(arguments.data, epsilon, 0)
+        cells.add(key, lambda config=config: run_cell(federation, config, federation.parts))  # type: ignore[misc]
+
+
+# ---- the tables -----------------------------------------------------------------------------------------------------
+
+
+def written(cells: Cells) -> Iterator[str]:
+    """Markdown."""
+    names = ["none" if epsilon is None else f"ε = {epsilon:g}" for epsilon in EPSILONS]
+    yield f"| accuracy / macro-F1 on test | {' | '.join(names)} |"
+    yield "|---|" + "---|" * len(names)
+    for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells.of(stage="table")):
+        of = [cells.of(stage="table", algorithm=algorithm, epsilon=epsilon) for epsilon in EPSILONS]
+        yield f"| federated, {algorithm} ({max(map(len, of))} seeds) | {' | '.join(map(_mean, of))} |"
+    of = [cells.of(stage="centralised", epsilon=epsilon) for epsilon in EPSILONS]
+    if any(of):
+        yield f"| centralised (1 seed) | {' | '.join(map(_mean, of))} |"
+    of = [cells.of(stage="alone", epsilon=epsilon) for epsilon in EPSILONS]
+    if any(of):
+        best = [sorted(ran, key=lambda cell: cell[VALIDATION][0])[-1:] for ran in of]
+        yield f"| best single site (1 seed) | {' | '.join(map(_mean, best))} |"
+    yield ""
+    yield "| race at ε = 3, one seed, validation | " + " | ".join(f"LoRA rate {rate:g}" for rate in RATES) + " |"
+    yield "|---|" + "---|" * len(RATES)
+    for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells.of(stage="race")):
+        of = [cells.of(stage="race", algorithm=algorithm, rate=rate) for rate in RATES]
+        yield f"| {algorithm} | {' | '.join(_last(ran) for ran in of)} |"
+
+
+def _mean(cells: list[Cell]) -> str:
+    if not cells:
+        return "not run"
+    columns = zip(*(cell[TEST] for cell in cells), strict=True)
+    spreads = [f"{100 * statistics.mean(one):.1f} ± {100 * statistics.pstdev(one):.1f}" for one in columns]
+    return " / ".join(spreads)
+
+
+def _last(cells: list[Cell]) -> str:
+    if not cells:
+        return "not run"
+    accuracy, f1 = cells[0]["last_lora_round"]
+    return f"{100 * accuracy:.1f} / {100 * f1:.1f}"
+
+
+STAGES: dict[str, Callable[[Federation, Cells, argparse.Namespace], None]] = {
+    "race": race,
+    "table": table,
+    "beside": beside,
+    "centralised": centralised,
+}
+
+
+def main() -> None:
+    """Runs the cells that are missing and writes the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", choices=[*STAGES, []], help="none: write the tables alone")
+    parser.add_argument("--data", help="folder of the medquad_qtype data set")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--algorithms", type=lambda text: text.split(","), help="default: all in the race, else ffa")
+    parser.add_argument("--cache", type=Path, help="folder in which frozen activations are kept for the next start")
+    arguments = parser.parse_args()
+    cells = Cells()
+    for stage in arguments.stages:
+        config = configured(arguments.data, 8.0, 0)
+        if stage == "centralised":
+            data = config.data.model_copy(update={"site_column": None, "sites": 1})
+            config = config.model_copy(update={"data": data})
+        STAGES[stage](Federation(config, cache=arguments.cache), cells, arguments)
+    where = {
+        **environment(),
+        "command": "python benchmarks/utility.py race table beside centralised --data medquad_qtype",
+    }
+    text = "\n".join(written(cells)) + f"\n\nMeasured with `{json.dumps(where)}`.\n"
+    TABLE.write_text(text, encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
