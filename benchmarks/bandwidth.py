@@ -48,9 +48,7 @@ def minilm() -> AdaptedModel:
     config = BertConfig(
         hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=len(CLASSES)
     )
-    task = TaskSection(
-        name="sequence-classification", labels=CLASSES, max_length=128, pooling="mean", head_init="zero"
-    )
+    task = TaskSection(name="sequence-classification", labels=CLASSES, max_length=128, pooling="mean", head_init="zero")
     return _shaped(BertForSequenceClassification, config, task, "mean")
 
 

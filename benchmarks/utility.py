@@ -82,6 +82,24 @@ def _figures(metrics: dict[str, float]) -> list[float]:
     return [round(metrics[name], 4) for name in METRICS]
 
 
+class Federations:
+    """One federation for each kind of feature map: without privacy it keeps more coordinates."""
+
+    def __init__(self, arguments: argparse.Namespace, centralised: bool) -> None:
+        self.arguments, self.centralised = arguments, centralised
+        self._made: dict[bool, Federation] = {}
+
+    def of(self, epsilon: float | None) -> Federation:
+        """Loaded on first use."""
+        if (epsilon is None) not in self._made:
+            config = configured(self.arguments.data, epsilon, 0)
+            if self.centralised:
+                data = config.data.model_copy(update={"site_column": None, "sites": 1})
+                config = config.model_copy(update={"data": data})
+            self._made[epsilon is None] = Federation(config, cache=self.arguments.cache)
+        return self._made[epsilon is None]
+
+
 class Cells:
     """The finished cells, on disk."""
 
@@ -111,8 +129,9 @@ class Cells:
 # ---- the stages -----------------------------------------------------------------------------------------------------
 
 
-def race(federation: Federation, cells: Cells, arguments: argparse.Namespace) -> None:
+def race(federations: Federations, cells: Cells, arguments: argparse.Namespace) -> None:
     """Validation alone."""
+    federation = federations.of(3.0)
     for rate in RATES:
         for algorithm in arguments.algorithms or LOCAL_RULES:
             key = {"stage": "race", "algorithm": algorithm, "rate": rate, "epsilon": 3.0, "seed": 0}
@@ -120,31 +139,32 @@ def race(federation: Federation, cells: Cells, arguments: argparse.Namespace) ->
             cells.add(key, lambda config=config: run_cell(federation, config, federation.parts, test=False))  # type: ignore[misc]
 
 
-def table(federation: Federation, cells: Cells, arguments: argparse.Namespace) -> None:
+def table(federations: Federations, cells: Cells, arguments: argparse.Namespace) -> None:
     """Three seeds at all epsilon."""
     for seed in range(arguments.seeds):
         for epsilon in EPSILONS:
+            federation = federations.of(epsilon)
             for algorithm in arguments.algorithms or ["ffa"]:
                 key = {"stage": "table", "algorithm": algorithm, "epsilon": epsilon, "seed": seed}
                 config = configured(arguments.data, epsilon, seed, algorithm, cells.rate(algorithm))
-                cells.add(key, lambda config=config: run_cell(federation, config, federation.parts))  # type: ignore[misc]
+                cells.add(key, lambda f=federation, config=config: run_cell(f, config, f.parts))  # type: ignore[misc]
 
 
-def beside(federation: Federation, cells: Cells, arguments: argparse.Namespace) -> None:
+def beside(federations: Federations, cells: Cells, arguments: argparse.Namespace) -> None:
     """Every site alone."""
     for epsilon in EPSILONS:
-        config = configured(arguments.data, epsilon, 0)
+        config, federation = configured(arguments.data, epsilon, 0), federations.of(epsilon)
         for site in federation.parts:
             key = {"stage": "alone", "site": site, "epsilon": epsilon, "seed": 0}
-            cells.add(key, lambda config=config, site=site: run_cell(federation, config, (site,)))  # type: ignore[misc]
+            cells.add(key, lambda f=federation, config=config, site=site: run_cell(f, config, (site,)))  # type: ignore[misc]
 
 
-def centralised(federation: Federation, cells: Cells, arguments: argparse.Namespace) -> None:
+def centralised(federations: Federations, cells: Cells, arguments: argparse.Namespace) -> None:
     """All rows at one site."""
     for epsilon in EPSILONS:
         key = {"stage": "centralised", "epsilon": epsilon, "seed": 0}
-        config = configured(arguments.data, epsilon, 0)
-        cells.add(key, lambda config=config: run_cell(federation, config, federation.parts))  # type: ignore[misc]
+        config, federation = configured(arguments.data, epsilon, 0), federations.of(epsilon)
+        cells.add(key, lambda f=federation, config=config: run_cell(f, config, f.parts))  # type: ignore[misc]
 
 
 # ---- the tables -----------------------------------------------------------------------------------------------------
@@ -188,7 +208,7 @@ def _last(cells: list[Cell]) -> str:
     return f"{100 * accuracy:.1f} / {100 * f1:.1f}"
 
 
-STAGES: dict[str, Callable[[Federation, Cells, argparse.Namespace], None]] = {
+STAGES: dict[str, Callable[[Federations, Cells, argparse.Namespace], None]] = {
     "race": race,
     "table": table,
     "beside": beside,
@@ -207,11 +227,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cells = Cells()
     for stage in arguments.stages:
-        config = configured(arguments.data, 8.0, 0)
-        if stage == "centralised":
-            data = config.data.model_copy(update={"site_column": None, "sites": 1})
-            config = config.model_copy(update={"data": data})
-        STAGES[stage](Federation(config, cache=arguments.cache), cells, arguments)
+        STAGES[stage](Federations(arguments, stage == "centralised"), cells, arguments)
     where = {
         **environment(),
         "command": "python benchmarks/utility.py race table beside centralised --data medquad_qtype",

@@ -157,6 +157,8 @@ def _noise(stated: PhaseStatement, population: Population) -> str:
 
 def _leaving(plan: Plan) -> Iterator[str]:
     releases = _times(plan.rounds, "release")
+    if plan.wire.up != "fp32":
+        yield f"Numbers leave rounded to {plan.wire.up}."
     if plan.privacy.metrics:
         yield f"At most {releases}, one in each round: the change of the adapter's numbers, and with it, with noise and"
         yield f"within the same epsilon, the mean over the round's examples of: {', '.join(plan.privacy.metrics)}."

@@ -135,12 +135,13 @@ class AdaptedModel:
         settings = self.task.settings
         if not (self._pools and settings.maps_features):
             return None
-        if self.depth < self.levels or settings.feature_rank > self.width:
+        rank = settings.feature_rank or 0
+        if self.depth < self.levels or not 1 <= rank <= self.width:
             raise ModelError(
-                f"task.feature_levels = {self.levels}, task.feature_rank = {settings.feature_rank}: the model has "
+                f"task.feature_levels = {self.levels}, task.feature_rank = {rank}: the model has "
                 f"{self.depth} layers of width {self.width}; lower them, or set task.feature_map = 'none'"
             )
-        return nn.Linear(self.feature_width, settings.feature_rank, device=self.base.placement.device)
+        return nn.Linear(self.feature_width, rank, device=self.base.placement.device)
 
     def _canonical_parameters(self) -> dict[str, nn.Parameter]:
         """Canonical PEFT name → parameter, for everything the adapter consists of."""

@@ -67,11 +67,12 @@ class TaskSection(Section):
     """What the head sees. ``none``: the pooled states of the last layer. ``held-out-texts``: the pooled states of the top
     ``feature_levels`` levels, joined and brought to ``feature_rank`` coordinates by a public linear map, which the
     server takes from its own held-out texts (without their labels); fewer coordinates means less noise under DP.
-    ``auto``: ``held-out-texts`` with the default recipe, where the model and its pooling allow it."""
+    ``auto``: ``held-out-texts`` where a phase trains the head, and the model and its pooling allow it."""
     feature_levels: Count = 3
     """Levels of hidden states that the map joins, counted from the top."""
-    feature_rank: Count = 96
-    """Coordinates that the map keeps, at most the width of the model."""
+    feature_rank: Count | None = None
+    """Coordinates that the map keeps, at most the width of the model. Empty: 96 under DP, where each pays in noise, and
+    192 without."""
     head_init: Literal["label-names", "zero"] = "label-names"
     """How the classification head starts: from the embeddings of the label names (public text), or at zero."""
     head_scale: Positive | None = None
@@ -367,13 +368,13 @@ class RunConfig(Section):
     @property
     def phases(self) -> tuple[PhaseSection, ...]:
         """The phases as written, or the task's default recipe where none is written."""
-        return self.phase or default_phases(self.task.name, self.privacy)
+        return self.phase or default_phases(self.task, self.privacy)
 
     def without_privacy(self) -> RunConfig:
         """The same run without a mechanism; the default recipe gives way to that for gradients that are not clipped."""
         privacy = self.privacy.model_copy(update={"mechanism": "none"})
-        usual = self.phases == default_phases(self.task.name, self.privacy)
-        recipe = default_phases(self.task.name, privacy) if usual else self.phases
+        usual = self.phases == default_phases(self.task, self.privacy)
+        recipe = default_phases(self.task, privacy) if usual else self.phases
         return self.model_copy(update={"privacy": privacy, "phase": recipe})
 
 
@@ -391,7 +392,7 @@ def _head(epsilon: float) -> PhaseSection:
     )
 
 
-_UNCLIPPED_HEAD = _head(8.0).model_copy(update={"learning_rate": 8.0, "server_momentum": 0.9})
+_UNCLIPPED_HEAD = _head(8.0).model_copy(update={"learning_rate": 512.0, "server_momentum": 0.9})
 _LORA = PhaseSection(
     name="lora",
     rounds=4,
@@ -408,14 +409,20 @@ RECIPES = ("sequence-classification", "causal-lm")
 """Tasks that have a default recipe."""
 
 
-def default_phases(task: str, privacy: PrivacySection) -> tuple[PhaseSection, ...]:
+def default_phases(task: TaskSection, privacy: PrivacySection) -> tuple[PhaseSection, ...]:
     """The default recipe of a task; none for a task that has none.
 
     The head on frozen pooled features first, one full-batch step a round, from the label names; then FFA-LoRA. A
-    clipped gradient is shorter than a free one, so the two want learning rates of their own. Chosen on validation data
-    of medquad_qtype (benchmarks/utility.py); that choice is not charged to any ε.
+    clipped gradient is shorter than a free one, and mapped features are shorter than others, so each wants learning
+    rates of its own. Chosen on validation data of medquad_qtype (benchmarks/utility.py); that choice is not charged to
+    any ε.
     """
-    if task == "sequence-classification":
-        private = privacy.mechanism != "none" and privacy.epsilon is not None
-        return (_head(privacy.epsilon) if private and privacy.epsilon else _UNCLIPPED_HEAD, _LORA)
-    return (_LANGUAGE,) if task == "causal-lm" else ()
+    if task.name == "causal-lm":
+        return (_LANGUAGE,)
+    if task.name != "sequence-classification":
+        return ()
+    if privacy.mechanism != "none" and privacy.epsilon is not None:
+        return (_head(privacy.epsilon), _LORA)
+    if task.feature_map == "none":
+        return (_UNCLIPPED_HEAD.model_copy(update={"learning_rate": 8.0}), _LORA)
+    return (_UNCLIPPED_HEAD, _LORA.model_copy(update={"learning_rate": 0.1}))

@@ -255,7 +255,13 @@ class Examples:
         """Digest of all that decides the frozen activations, to the last bit, but for the cut."""
         placement = model.base.placement
         values = [model.base.digest, self.task.name, model.base.pooling, self.task.settings.max_length, rows]
-        values += [model.levels, str(placement.dtype), placement.device.type, torch.__version__, transformers.__version__]
+        values += [
+            model.levels,
+            str(placement.dtype),
+            placement.device.type,
+            torch.__version__,
+            transformers.__version__,
+        ]
         return hashlib.sha256(json.dumps([*values, self._content]).encode()).hexdigest()
 
 

@@ -9,6 +9,7 @@ from enum import StrEnum
 import numpy as np
 
 from common.adapter import AdapterSpec
+from common.config import PhaseSection
 from common.errors import AdapterError
 from common.messages import Release, SiteDescription, Tensors, adapter_digest, tensor_digest
 from common.plan import Plan
@@ -41,6 +42,31 @@ class Rejection(StrEnum):
     """An update longer than an honest one can be (:mod:`server.norm_bound`), or a metric beyond its bounds."""
     LATE = "late"
     """No reply before the deadline. The site's ε stays spent."""
+
+
+DEVIATING = frozenset(
+    {
+        Rejection.UNREADABLE,
+        Rejection.WRONG_SITE,
+        Rejection.FOREIGN,
+        Rejection.STALE,
+        Rejection.LAYOUT,
+        Rejection.NOT_FINITE,
+        Rejection.OVERSIZE,
+    }
+)
+"""Reasons that no honest and working site gives. A late or silent site may be honest, and of two equal updates the one
+that counts may be the copy."""
+
+
+def still_facing(phase: PhaseSection, rejected: Mapping[str, str]) -> PhaseSection:
+    """The phase with so many hostile sites as its rule must still withstand: without those that were turned away.
+
+    If at most f sites deviate and r of them were found, at most f - r are among the replies that count. Else a hostile
+    site could stop the run by sending what is sure to be rejected.
+    """
+    found = sum(reason in DEVIATING for reason in rejected.values())
+    return phase.model_copy(update={"hostile_sites": max(0, phase.hostile_sites - found)})
 
 
 def examine(

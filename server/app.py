@@ -67,7 +67,9 @@ def coordinate(grid: Grid, submission: Submission) -> None:
                 "plan that sites have agreed to cannot be changed; put it back, or start a new run with --out"
             )
     else:
-        folder = RunFolder.create(out, resolved_toml(config), manifest(prepared, submission.run_id, "deployment"))
+        folder = RunFolder.create(
+            out, resolved_toml(prepared.config), manifest(prepared, submission.run_id, "deployment")
+        )
     coordinator = Coordinator(
         grid, config, prepared.plan, prepared.model, prepared.evaluator, folder, key, garbled=GARBLED
     )

@@ -38,14 +38,17 @@ def resident_model(config: RunConfig) -> AdaptedModel:
 
 
 def with_feature_map(config: RunConfig, base: BaseModel) -> TaskSection:
-    """The task's settings with ``feature_map = "auto"`` decided."""
+    """The task's settings with ``feature_map = "auto"`` and an empty ``feature_rank`` decided."""
     settings, task = config.task, task_of(config.task)
-    if settings.feature_map != "auto":
-        return settings
-    layers = len(layer_stack(base.encoder) or ())
-    fits = layers > settings.feature_levels and int(base.network.config.hidden_size) > settings.feature_rank
-    usual = task.selects_pooling and base.pooling != "model" and not config.phase
-    return settings.model_copy(update={"feature_map": "held-out-texts" if fits and usual else "none"})
+    rank = settings.feature_rank or (192 if config.privacy.mechanism == "none" else 96)
+    decided = settings.feature_map
+    if decided == "auto":
+        layers = len(layer_stack(base.encoder) or ())
+        fits = layers > settings.feature_levels and int(base.network.config.hidden_size) > rank
+        pools = task.selects_pooling and base.pooling != "model"
+        trained = any("head" in phase.train for phase in config.phases)
+        decided = "held-out-texts" if fits and pools and trained else "none"
+    return settings.model_copy(update={"feature_map": decided, "feature_rank": rank})
 
 
 def initial_adapter(config: RunConfig, model: AdaptedModel, texts: Examples) -> AdapterState:
@@ -66,6 +69,7 @@ def initial_adapter(config: RunConfig, model: AdaptedModel, texts: Examples) -> 
         )
     feature_map = None
     if model.maps_features:
+        assert config.task.feature_rank is not None
         feature_map = fitted(texts.frozen_features(model, ROWS).numpy(), config.task.feature_rank)
     return model.initial_state(config.run.seed, False not in starts, feature_map)
 

@@ -35,7 +35,7 @@ from common.plan import Plan
 from common.privacy.metrics import metric_bounds
 from common.signing import SigningKey
 from server import sampling
-from server.admission import Gate, Rejection
+from server.admission import Gate, Rejection, still_facing
 from server.aggregation.base import AVERAGE, rule_for
 from server.aggregation.low_rank import leading
 from server.aggregation.registry import aggregator_for
@@ -192,6 +192,7 @@ class Coordinator:
         clock = _Clock()
         outcome = self._exchange(round, _adapter_in(aggregator.save(state)))
         clock.lap("exchange")
+        aggregator = aggregator_for(still_facing(phase, outcome.rejected))
         # Of the cohort alone, so that a resumed round weighs as it would have, whoever has come or gone since.
         sizes = {site: self.roster.described[site].public_size for site in outcome.cohort}
         weights = sampling.weights(sizes, self.config.server.weights)
@@ -272,9 +273,12 @@ class Coordinator:
                 f"{self.config.server.min_replies} ({reasons({**outcome.refused, **outcome.rejected})}); "
                 "mend the cause, then --resume"
             )
+        left = still_facing(phase, outcome.rejected)
+        least = rule_for(left).least
         if len(outcome.admitted) < least:  # before the round is closed, so that the missing sites can still answer
             why = reasons({**outcome.refused, **outcome.rejected})
-            raise RunFailed(f"round {round}: {too_few(phase, least, len(outcome.admitted))} ({why})")
+            found = phase.hostile_sites - left.hostile_sites
+            raise RunFailed(f"round {round}: {too_few(phase, least, len(outcome.admitted), found)} ({why})")
         self.folder.store_outcome(round, vars(outcome))
         return outcome
 

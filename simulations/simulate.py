@@ -79,8 +79,8 @@ class Federation:
         data = config.data
         if data.path is None:
             raise ConfigError("data.path: is missing; give a folder, a file or a hub data set (--set data.path=PATH)")
-        self.config = config
         self.model = model or resident_model(config)
+        self.config = config = config.model_copy(update={"task": self.model.task.settings})
         if config.unit != EXAMPLE and data.privacy_unit is None:
             raise ConfigError(f"data.privacy_unit: is missing; it names the column of privacy.unit = '{config.unit}'")
         loaded = load_rows(data.path, "train", self.model.task, data.columns, data.site_column, data.privacy_unit)
@@ -213,7 +213,7 @@ def simulate(config: RunConfig, out: Path, resume: bool, watch: Watch) -> dict[s
     federation = Federation(config)
     trained = [
         federation.run(arm, run_id if arm.folder == out else f"{run_id}/{arm.folder.name}", resume, watch)
-        for arm in _arms(config, out, tuple(federation.parts))
+        for arm in _arms(federation.config, out, tuple(federation.parts))
     ]
     main = trained[0]
     rows = _comparison(federation, trained) if config.simulation.compare else {"federated": _on_test(federation, main)}

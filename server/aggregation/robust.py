@@ -14,6 +14,9 @@ moves the result as much as a large one, though its update is noisier. ``server.
   (its denominator is smaller). Multi-Krum then turns away the smallest honest sites first. An attacker who adds no
   noise is nearer to everybody than any honest site, so it is chosen whenever it stays near the middle.
 
+**Admission** comes first: sites that it has found to deviate no longer count among the f that a rule must withstand
+(:func:`server.admission.still_facing`).
+
 **With secure sums.** Impossible: each update must be seen.
 
 **Memory.** Replies are read in blocks of one tensor of all sites, at most :data:`BLOCK` numbers at a time, so memory
@@ -72,12 +75,17 @@ class _AllAtOnce:
         raise NotImplementedError
 
 
-def too_few(phase: PhaseSection, least: int, replies: int) -> str:
-    """What to say when there are too few replies for the phase's rule, or too few sites to send as many."""
+def too_few(phase: PhaseSection, least: int, replies: int, found: int = 0) -> str:
+    """What to say when there are too few replies for the phase's rule, or too few sites to send as many.
+
+    Args:
+        found: hostile sites that were turned away, so that they need not be withstood.
+    """
+    less = f", {found} of them found" if found else ""
     return (
-        f"phase.{phase.name}.hostile_sites = {phase.hostile_sites}: combine = '{phase.combine}' needs the replies of "
-        f"{least} sites to withstand so many, and there are {replies}; bring more sites back, then --resume, or start "
-        "a new run with a smaller hostile_sites or combine = 'mean'"
+        f"phase.{phase.name}.hostile_sites = {phase.hostile_sites}{less}: combine = '{phase.combine}' needs the replies "
+        f"of {least} sites to withstand so many, and there are {replies}; bring more sites back, then --resume, or "
+        "start a new run with a smaller hostile_sites or combine = 'mean'"
     )
 
 

@@ -261,7 +261,9 @@ class Deployment:
 
     def _environment(self, home: Path) -> dict[str, str]:
         """A small environment of its own: neither proxies nor Python settings of the test run reach the deployment."""
-        kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH", "LANG", "SYSTEMROOT") if name in os.environ}
+        # OpenBLAS: what kernel it takes decides the last bit of a sum, which simulation and deployment must share.
+        names = ("LD_LIBRARY_PATH", "LANG", "SYSTEMROOT", "OPENBLAS_CORETYPE")
+        kept = {name: os.environ[name] for name in names if name in os.environ}
         return {
             **kept,
             **PRIVATE_ENVIRONMENT,

@@ -13,7 +13,15 @@ import pytest
 
 from common.config import RunConfig
 from common.errors import RunFailed
-from common.messages import DescribeRequest, Release, SiteDescription, SiteService, TrainReply, TrainRequest
+from common.messages import (
+    DescribeRequest,
+    Release,
+    SiteDescription,
+    SiteService,
+    TrainReply,
+    TrainRequest,
+    Unavailable,
+)
 from common.plan import Plan
 from common.toml_settings import validate
 from server.checkpoint import RunFolder
@@ -152,9 +160,9 @@ def test_too_few_replies_for_a_robust_rule_stop_the_run_and_once_mended_it_loses
 ) -> None:
     first, *others = sorted(besieged.parts)
     krum = {"combine": "multi-krum", "hostile_sites": 1}
-    message = r"round 1: phase\.head\.hostile_sites = 1: .* the replies of 5 sites .* there are 4; .*oversize"
+    message = r"round 1: phase\.head\.hostile_sites = 1: .* the replies of 5 sites .* there are 4; .*node-error"
     with pytest.raises(RunFailed, match=message):
-        run({first: scaled(30.0)}, **krum)
+        run({first: lambda reply: Unavailable()}, **krum)
     assert RunFolder(tmp_path / "run").replies(1) == set(others)
     asked: list[tuple[str, int]] = []
 
@@ -165,6 +173,15 @@ def test_too_few_replies_for_a_robust_rule_stop_the_run_and_once_mended_it_loses
     rounds = run(dict.fromkeys(besieged.parts, noted), resume=True, **krum)
     assert [record["admitted"] for record in rounds] == [[first, *others]] * 2
     assert sorted(asked) == sorted([(first, 1), *((site, 2) for site in besieged.parts)])
+
+
+def test_no_hostile_site_stops_a_run_by_sending_what_is_sure_to_be_rejected(
+    besieged: Besieged, run: Callable[..., tuple[dict[str, Any], ...]]
+) -> None:
+    """Five sites, one of them hostile and told: multi-krum needs five replies, or three once the one is found."""
+    first, *others = sorted(besieged.parts)
+    for record in run({first: scaled(30.0)}, combine="multi-krum", hostile_sites=1):
+        assert record["rejected"] == {first: "oversize"} and record["admitted"] == others
 
 
 def test_with_too_few_sites_for_a_robust_rule_no_site_spends_anything(

@@ -18,8 +18,8 @@ from common.plan import Plan
 from common.privacy.accounting import Segment
 
 PHASES = {
-    "the default recipe": default_phases("sequence-classification", PrivacySection()),
-    "the default recipe of a language model": default_phases("causal-lm", PrivacySection()),
+    "the default recipe": default_phases(TaskSection(labels=("a", "b")), PrivacySection()),
+    "the default recipe of a language model": default_phases(TaskSection(name="causal-lm"), PrivacySection()),
     "one phase of expected batches": (phase("only", rounds=10, steps=2, sample_rate=None, batch_size=16),),
     "three unequal phases": (
         phase("head", rounds=5, steps=1, sample_rate=1.0, budget_share=0.2),

@@ -22,7 +22,7 @@ from client.privacy.row_independence import Probed
 from client.site import Resources, Site
 from common.adapted import AdaptedModel
 from common.algorithms import LOCAL_RULES
-from common.config import PhaseSection, RunConfig
+from common.config import PhaseSection, RunConfig, WireSection
 from common.errors import ConfigError
 from common.examples import Examples
 from common.messages import (
@@ -101,7 +101,8 @@ def subject_of(
     plan = plan_of(config, run_id, model.base.digest, model.spec.digest(), CODE)
     privacy = plan.privacy if delta is None else plan.privacy.model_copy(update={"delta": delta})
     changes = {"task": model.task.settings, "lora": model.lora, "phases": tuple(phases), "privacy": privacy}
-    return Subject(plan.model_copy(update=changes), model, public_size)
+    exact = {"wire": WireSection()}  # a number format only rounds what was released
+    return Subject(plan.model_copy(update=changes | exact), model, public_size)
 
 
 def audited_phase(phase: PhaseSection, **changes: Any) -> PhaseSection:

@@ -10,7 +10,7 @@ import pytest
 from site_files import site_tables
 
 from client.config import SiteConfig
-from common.config import PrivacySection, RunConfig, default_phases
+from common.config import PrivacySection, RunConfig, TaskSection, default_phases
 from common.errors import ConfigError
 from common.toml_settings import apply_overrides, read_toml, validate
 
@@ -36,9 +36,9 @@ def test_the_smallest_file_takes_the_defaults() -> None:
     config = run()
     assert config.model.name == "minilm"
     assert (config.privacy.mechanism, config.privacy.epsilon) == ("dp-sgd", 8.0)
-    assert config.phases == default_phases("sequence-classification", PrivacySection(epsilon=8.0))
+    assert config.phases == default_phases(TaskSection(labels=("a", "b")), PrivacySection(epsilon=8.0))
     none = PrivacySection(mechanism="none")
-    assert config.without_privacy().phases == default_phases("sequence-classification", none)
+    assert config.without_privacy().phases == default_phases(TaskSection(labels=("a", "b")), none)
     written = config.model_copy(update={"phase": config.phases[:1]})
     assert written.without_privacy().phases == config.phases[:1]
     resolved = config.model_copy(update={"phase": config.phases})  # as run.toml holds them when a run is resumed

@@ -497,6 +497,15 @@ def test_a_deflated_message_that_is_not_what_it_announces_is_refused(tensors: Ar
         wire.train_reply_from_record(RecordDict({**RECORD_HEADER, "tensors": tensors}))
 
 
+def test_nothing_is_inflated_beyond_the_limit_of_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = RecordDict({**RECORD_HEADER, "tensors": deflated(WHOLE)})
+    monkeypatch.setattr(wire, "LARGEST_TRANSFER", len(WHOLE))
+    assert wire.train_reply_from_record(record)
+    monkeypatch.setattr(wire, "LARGEST_TRANSFER", len(WHOLE) - 1)
+    with pytest.raises(WireError, match="its tensors cannot be read"):
+        wire.train_reply_from_record(record)
+
+
 def test_no_more_is_inflated_than_was_announced() -> None:
     """A few bytes must not become gigabytes: 200 MiB of zeros that announce themselves as one KiB."""
     bomb = deflated(bytes(200 << 20), announced=1 << 10)

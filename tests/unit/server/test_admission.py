@@ -15,7 +15,7 @@ from common.config import RunConfig
 from common.messages import PlanStatus, Release, SiteDescription
 from common.plan import Plan, plan_of
 from common.toml_settings import validate
-from server.admission import LEAST_ENTRIES, Gate, Rejection, examine
+from server.admission import LEAST_ENTRIES, Gate, Rejection, examine, still_facing
 from server.norm_bound import LARGEST_NORM
 
 SPEC = AdapterSpec.of("base", {"a": (2,), "b": (2, 2)})
@@ -202,3 +202,14 @@ def test_zeros_few_numbers_and_updates_without_noise_may_be_equal() -> None:
     assert not here.is_copy(many) and here.is_copy(many)
     free = gate(planned(mechanism="none"))
     assert not free.is_copy(many) and not free.is_copy(many)
+
+
+def test_hostile_sites_that_were_found_need_not_be_withstood_again() -> None:
+    phase = planned().phases[0].model_copy(update={"hostile_sites": 3})
+    honest_perhaps = {"a": "late", "b": "node-error", "c": "duplicate"}
+    assert still_facing(phase, {}).hostile_sites == still_facing(phase, honest_perhaps).hostile_sites == 3
+    found = dict(zip("defg", ("oversize", "layout", "stale", "foreign"), strict=True))
+    assert still_facing(phase, {**honest_perhaps, "d": "oversize"}).hostile_sites == 2
+    assert still_facing(phase, found).hostile_sites == 0
+    for reason in ("unreadable", "wrong-site", "not-finite"):
+        assert still_facing(phase, {"d": reason}).hostile_sites == 2
