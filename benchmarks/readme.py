@@ -30,11 +30,13 @@ from client.assemble import build_site
 from client.config import read_site_config
 from common.code import code_digest
 from common.config import RunConfig
-from common.messages import DescribeRequest, Release, SiteDescription, TrainRequest
+from common.messages import DescribeRequest, Release, SiteDescription
 from common.plan import Plan, plan_of
+from common.requests import RoundRequest
 from common.signing import PLAN as PLAN_PURPOSE
 from common.signing import SigningKey
 from common.toml_settings import validate
+from server.evaluation import held_out
 from server.prepare import initial_adapter, resident_model
 from simulations.demo import LABELS, write_demo_data
 
@@ -115,7 +117,8 @@ def measured() -> str:
     if (RESULTS / "robustness.md").exists():
         text = (RESULTS / "robustness.md").read_text(encoding="utf-8")
         parts.append(
-            "Hostile sites (`benchmarks/robustness.py`, where the attacks are described). " + text.rpartition("\n\n")[0]
+            "Hostile sites (`benchmarks/robustness.py`, where the attacks are described; a head at ε = 8). "
+            + text.partition("\n\nAccuracy / macro-F1 of the model kept")[0]
         )
     return "\n\n".join(parts) or "Nothing yet."
 
@@ -234,6 +237,7 @@ def _visit(folder: Path, key: SigningKey, rounds: int) -> Plan:
         "the example",
     )
     model = resident_model(run)
+    run = run.model_copy(update={"task": model.task.settings})
     plan = plan_of(run, "triage/2", model.base.digest, model.spec.digest(), code_digest())
     config = read_site_config(folder / "site.toml")
     site, _ = build_site(config)
@@ -242,9 +246,11 @@ def _visit(folder: Path, key: SigningKey, rounds: int) -> Plan:
         signature = key.sign(PLAN_PURPOSE, plan.digest().encode())
         stand = site.describe(DescribeRequest(plan.run_id, plan.canonical(), code_digest(), signature))
         assert isinstance(stand, SiteDescription) and stand.refusal is None, stand
-        adapter = initial_adapter(run, model)
+        with tempfile.TemporaryDirectory() as own:  # the coordinator's texts
+            write_demo_data(Path(own))
+            adapter = initial_adapter(run, model, held_out(model, own, "validation", {}, 200).examples)
         for number in range(1, rounds + 1):
-            reply = site.train(TrainRequest(plan.run_id, number, plan.digest(), adapter))
+            reply = site.train(RoundRequest.of(plan, model, number, adapter).to({}))
             assert isinstance(reply, Release), reply
             adapter = {**adapter, **{name: adapter[name] + change for name, change in reply.update.items()}}
     site.ledger.close()
