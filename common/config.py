@@ -64,8 +64,8 @@ class TaskSection(Section):
     """How token states become one feature vector. ``auto``: ``mean`` where the model's own files say it was trained so,
     ``last`` for decoders, else ``model`` (the stock head's own way; its features cannot be cached)."""
     feature_map: Literal["auto", "none", "held-out-texts"] = "auto"
-    """What the head sees. ``none``: the pooled states of the last layer. ``held-out-texts``: the pooled states of the top
-    ``feature_levels`` levels, joined and brought to ``feature_rank`` coordinates by a public linear map, which the
+    """What the head sees. ``none``: the pooled states of the last layer. ``held-out-texts``: the pooled states of the
+    top ``feature_levels`` levels, joined and brought to ``feature_rank`` coordinates by a public linear map, which the
     server takes from its own held-out texts (without their labels); fewer coordinates means less noise under DP.
     ``auto``: ``held-out-texts`` where a phase trains the head, and the model and its pooling allow it."""
     feature_levels: Count = 3

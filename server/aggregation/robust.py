@@ -83,7 +83,7 @@ def too_few(phase: PhaseSection, least: int, replies: int, found: int = 0) -> st
     """
     less = f", {found} of them found" if found else ""
     return (
-        f"phase.{phase.name}.hostile_sites = {phase.hostile_sites}{less}: combine = '{phase.combine}' needs the replies "
+        f"phase.{phase.name}.hostile_sites = {phase.hostile_sites}{less}: combine = '{phase.combine}' needs replies "
         f"of {least} sites to withstand so many, and there are {replies}; bring more sites back, then --resume, or "
         "start a new run with a smaller hostile_sites or combine = 'mean'"
     )

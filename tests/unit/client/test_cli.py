@@ -407,6 +407,7 @@ def test_with_fixed_keys_no_command_shows_an_epsilon(config: Path, plan: Plan, s
 
 def test_a_second_agent_does_not_start(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("client.agent.forbid_inspection", lambda: None)  # of this very process
+    monkeypatch.setattr("client.log_limit.limit_log", lambda: None)  # its handlers are pytest's
     SigningKey.create(config.parent / "state" / "site.key")
     with closing(Ledger(config.parent / "state")) as first, first.serve_alone():
         error = run(config, "agent").exception

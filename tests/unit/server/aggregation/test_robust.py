@@ -223,7 +223,8 @@ def test_a_rule_says_how_many_replies_it_needs_and_refuses_fewer(rule: str, host
     assert rule_for(phase(rule, hostile)).least == least
     combined(rule, drawn(least), hostile)
     if least > 1:
-        with pytest.raises(RunFailed, match=rf"phase\.p\.hostile_sites = {hostile}: .*{rule}.* needs the replies of {least} "):
+        message = rf"phase\.p\.hostile_sites = {hostile}: .*{rule}.* needs replies of {least} sites"
+        with pytest.raises(RunFailed, match=message):
             combined(rule, drawn(least - 1), hostile)
 
 
