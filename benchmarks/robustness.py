@@ -12,7 +12,7 @@ sent.
 attack       what a hostile site sends in place of its honest, noised update u
 ===========  ===========================================================================================================
 flip         -u
-scale        -10·u; mostly longer than the bound, so it is mostly rejected
+scale        -10·u; longer than the bound and rejected, so its rows show what is left without the hostile sites
 longest      -u, scaled to 99 % of the bound on its norm: the worst that admission lets pass in that direction
 random       Gaussian noise of 99 % of the bound
 labels       an honest update, learnt from the site's own texts with label k turned into 10 - k

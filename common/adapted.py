@@ -429,7 +429,7 @@ class AdaptedModel:
         return torch.cat([pool(one, mask, self.base.pooling) for one in states], dim=-1)
 
     def _mapped(self, features: torch.Tensor) -> torch.Tensor:
-        """What the head sees of pooled features [B, levels · H]: all of them, or the map's, filled up with 0 to [B, H]."""
+        """What the head sees of pooled features [B, levels · H]: them, or those of the map filled up to [B, H]."""
         if self._map is None:
             return features
         mapped = self._map(features.float())
