@@ -207,7 +207,8 @@ class PhaseSection(Section):
     budget_share: Positive = 1.0
     """Share of the privacy budget relative to the other phases, as a ratio of μ² (Gaussian DP; splitting only)."""
     combine: Literal["mean", "median", "trimmed-mean", "multi-krum"] = "mean"
-    """How the updates of a round become one: their weighted mean, or a rule that some hostile sites cannot win."""
+    """How the updates of a round become one: their weighted mean, or a rule that some hostile sites cannot win. The
+    robust rules count every site once, whatever ``server.weights`` says."""
     hostile_sites: int = Field(default=1, ge=0, strict=True)
     """How many hostile sites ``trimmed-mean`` and ``multi-krum`` must withstand; the other rules ignore it."""
     server_optimizer: Literal["sgd", "adam", "yogi"] = "sgd"
