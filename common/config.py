@@ -426,4 +426,4 @@ def default_phases(task: TaskSection, privacy: PrivacySection) -> tuple[PhaseSec
         return (_head(privacy.epsilon), _LORA)
     if task.feature_map == "none":
         return (_UNCLIPPED_HEAD.model_copy(update={"learning_rate": 8.0}), _LORA)
-    return (_UNCLIPPED_HEAD, _LORA.model_copy(update={"learning_rate": 0.1}))
+    return (_UNCLIPPED_HEAD, _LORA.model_copy(update={"learning_rate": 0.01}))
