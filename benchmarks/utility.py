@@ -8,6 +8,7 @@
             and one seed; judged on validation alone
 ``table``   the algorithms named, each with the learning rate that won its race, at epsilon 8, 3, 1 and without
             privacy; three seeds
+``wire``    the default algorithm with bf16 and int8 both ways, at epsilon 8, one seed
 ``beside``  the same recipe with all rows in one place (``centralised``), and every site alone (the best on validation
             is shown); one seed
 
@@ -32,7 +33,7 @@ from typing import Any
 from environment import RESULTS, environment
 
 from common.algorithms import LOCAL_RULES
-from common.config import RunConfig
+from common.config import RunConfig, WireSection
 from common.toml_settings import apply_overrides, read_toml, validate
 from server.prepare import TEST
 from server.rounds import VALIDATION, Silent
@@ -150,6 +151,15 @@ def table(federations: Federations, cells: Cells, arguments: argparse.Namespace)
                 cells.add(key, lambda f=federation, config=config: run_cell(f, config, f.parts))  # type: ignore[misc]
 
 
+def wire(federations: Federations, cells: Cells, arguments: argparse.Namespace) -> None:
+    """The default algorithm with other number formats in both directions."""
+    for format in ("bf16", "int8"):
+        key = {"stage": "wire", "format": format, "epsilon": 8.0, "seed": 0}
+        config, federation = configured(arguments.data, 8.0, 0), federations.of(8.0)
+        config = config.model_copy(update={"wire": WireSection(down=format, up=format)})  # type: ignore[arg-type]
+        cells.add(key, lambda f=federation, config=config: run_cell(f, config, f.parts))  # type: ignore[misc]
+
+
 def beside(federations: Federations, cells: Cells, arguments: argparse.Namespace) -> None:
     """Every site alone."""
     for epsilon in EPSILONS:
@@ -185,6 +195,10 @@ def written(cells: Cells) -> Iterator[str]:
     if any(of):
         best = [sorted(ran, key=lambda cell: cell[VALIDATION][0])[-1:] for ran in of]
         yield f"| best single site (1 seed) | {' | '.join(map(_mean, best))} |"
+    for format in ("bf16", "int8"):
+        if ran := cells.of(stage="wire", format=format):
+            both = [ran if epsilon == ran[0]["epsilon"] else [] for epsilon in EPSILONS]
+            yield f"| federated, ffa, {format} both ways (seed 0) | {' | '.join(map(_mean, both))} |"
     yield ""
     yield "| race at ε = 3, one seed, validation | " + " | ".join(f"LoRA rate {rate:g}" for rate in RATES) + " |"
     yield "|---|" + "---|" * len(RATES)
@@ -211,6 +225,7 @@ def _last(cells: list[Cell]) -> str:
 STAGES: dict[str, Callable[[Federations, Cells, argparse.Namespace], None]] = {
     "race": race,
     "table": table,
+    "wire": wire,
     "beside": beside,
     "centralised": centralised,
 }
