@@ -67,7 +67,7 @@ class TaskSection(Section):
     """What the head sees. ``none``: the pooled states of the last layer. ``held-out-texts``: the pooled states of the
     top ``feature_levels`` levels, joined and brought to ``feature_rank`` coordinates by a public linear map, which the
     server takes from its own held-out texts (without their labels); fewer coordinates means less noise under DP.
-    ``auto``: ``held-out-texts`` where a phase trains the head, and the model and its pooling allow it."""
+    ``auto``: ``held-out-texts`` with the default recipe, where the model and its pooling allow it."""
     feature_levels: Count = 3
     """Levels of hidden states that the map joins, counted from the top."""
     feature_rank: Count | None = None

@@ -45,9 +45,8 @@ def with_feature_map(config: RunConfig, base: BaseModel) -> TaskSection:
     if decided == "auto":
         layers = len(layer_stack(base.encoder) or ())
         fits = layers > settings.feature_levels and int(base.network.config.hidden_size) > rank
-        pools = task.selects_pooling and base.pooling != "model"
-        trained = any("head" in phase.train for phase in config.phases)
-        decided = "held-out-texts" if fits and pools and trained else "none"
+        usual = task.selects_pooling and base.pooling != "model" and not config.phase
+        decided = "held-out-texts" if fits and usual else "none"
     return settings.model_copy(update={"feature_map": decided, "feature_rank": rank})
 
 

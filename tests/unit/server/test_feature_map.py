@@ -141,7 +141,7 @@ def test_a_map_that_does_not_fit_the_model_is_an_error(adapted_model: Load, tiny
             adapted_model(tiny_bert, **{**MAP, **wrong})
 
 
-def test_auto_takes_the_map_where_it_fits_and_a_head_is_trained(adapted_model: Load, tiny_bert: Path) -> None:
+def test_auto_takes_the_map_with_the_default_recipe_where_it_fits(adapted_model: Load, tiny_bert: Path) -> None:
     def decided(pooling: str = "mean", **settings: Any) -> str:
         model = adapted_model(tiny_bert, pooling=pooling, **{**MAP, "feature_map": "auto", **settings})
         assert not model.maps_features
@@ -150,9 +150,8 @@ def test_auto_takes_the_map_where_it_fits_and_a_head_is_trained(adapted_model: L
     assert decided() == "held-out-texts"
     assert decided(feature_rank=96) == decided(feature_levels=4) == decided(pooling="model") == "none"
     model = adapted_model(tiny_bert, **{**MAP, "feature_map": "auto"})
-    for train, expected in ((("lora",), "none"), (("head",), "held-out-texts")):
-        own = PhaseSection(name="p", rounds=1, sample_rate=1.0, train=train)
-        assert with_feature_map(config(model, phase=(own,)), model.base).feature_map == expected
+    own = PhaseSection(name="p", rounds=1, sample_rate=1.0, train=("head",))
+    assert with_feature_map(config(model, phase=(own,)), model.base).feature_map == "none"
 
 
 def test_without_privacy_more_coordinates_are_kept(adapted_model: Load, tiny_bert: Path) -> None:
