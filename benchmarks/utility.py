@@ -199,9 +199,10 @@ def written(cells: Cells) -> Iterator[str]:
         if ran := cells.of(stage="wire", format=format):
             both = [ran if epsilon == ran[0]["epsilon"] else [] for epsilon in EPSILONS]
             yield f"| federated, ffa, {format} both ways (seed 0) | {' | '.join(map(_mean, both))} |"
-    yield ""
-    yield "| race at ε = 3, one seed, validation | " + " | ".join(f"LoRA rate {rate:g}" for rate in RATES) + " |"
-    yield "|---|" + "---|" * len(RATES)
+    if cells.of(stage="race"):
+        yield ""
+        yield "| race at ε = 3, one seed, validation | " + " | ".join(f"LoRA rate {rate:g}" for rate in RATES) + " |"
+        yield "|---|" + "---|" * len(RATES)
     for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells.of(stage="race")):
         of = [cells.of(stage="race", algorithm=algorithm, rate=rate) for rate in RATES]
         yield f"| {algorithm} | {' | '.join(_last(ran) for ran in of)} |"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from common.messages import TrainRequest
 from common.plan import Plan
 from common.requests import RoundRequest, received
 from common.tasks.base import Encoded
+from common.toml_settings import validate
 from server.feature_map import RIDGE, fitted
 from server.prepare import initial_adapter, with_feature_map
+from server.settings import resolved_toml
 
 Load = Callable[..., AdaptedModel]
 MAP = {"feature_map": "held-out-texts", "feature_levels": 3, "feature_rank": 6}
@@ -152,6 +155,17 @@ def test_auto_takes_the_map_with_the_default_recipe_where_it_fits(adapted_model:
     model = adapted_model(tiny_bert, **{**MAP, "feature_map": "auto"})
     own = PhaseSection(name="p", rounds=1, sample_rate=1.0, train=("head",))
     assert with_feature_map(config(model, phase=(own,)), model.base).feature_map == "none"
+
+
+def test_a_resumed_run_has_the_map_that_it_started_with(adapted_model: Load, tiny_bert: Path) -> None:
+    """Its folder holds the settings as they were decided, with the recipe written out."""
+    model = adapted_model(tiny_bert, **{**MAP, "feature_map": "auto"})
+    started = config(model)
+    decided = started.model_copy(update={"task": with_feature_map(started, model.base)})
+    resumed = validate(RunConfig, tomllib.loads(resolved_toml(decided)), "run.toml")
+    assert resumed.phase == started.phases
+    assert with_feature_map(resumed, model.base) == decided.task
+    assert decided.task.maps_features
 
 
 def test_without_privacy_more_coordinates_are_kept(adapted_model: Load, tiny_bert: Path) -> None:
