@@ -216,6 +216,9 @@ class PhaseSection(Section):
     ``server_momentum``: heavy ball), FedAdam or FedYogi (Reddi et al. 2021, arXiv 2003.00295)."""
     server_learning_rate: Positive = 1.0
     """Step of the global adapter along the combined update."""
+    server_noise: Positive | None = None
+    """Shorten the server's step where the noise that a round adds to each number would have a larger deviation than
+    this (post-processing: free under DP). Empty: never."""
     server_momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum of the combined update at the server; β₁ of ``adam`` and ``yogi``."""
     server_second_moment: float = Field(default=0.99, ge=0, lt=1)
@@ -389,6 +392,7 @@ def _head(epsilon: float) -> PhaseSection:
         learning_rate=round(26.0 * epsilon**0.75, 1),
         clip_norm=0.25,
         server_momentum=0.8,
+        server_noise=0.06,
         budget_share=0.92,
     )
 

@@ -41,6 +41,7 @@ from server.aggregation.low_rank import leading
 from server.aggregation.registry import aggregator_for
 from server.aggregation.robust import too_few
 from server.checkpoint import Checkpoint, RunFolder
+from server.damping import damped
 from server.evaluation import Evaluator
 from server.mailbox import Mailbox
 from server.outbox import Asked, Outbox
@@ -192,10 +193,11 @@ class Coordinator:
         clock = _Clock()
         outcome = self._exchange(round, _adapter_in(aggregator.save(state)))
         clock.lap("exchange")
-        aggregator = aggregator_for(still_facing(phase, outcome.rejected))
         # Of the cohort alone, so that a resumed round weighs as it would have, whoever has come or gone since.
         sizes = {site: self.roster.described[site].public_size for site in outcome.cohort}
         weights = sampling.weights(sizes, self.config.server.weights)
+        heard = {site: weights[site] for site in outcome.admitted}
+        aggregator = aggregator_for(damped(still_facing(phase, outcome.rejected), self.roster.described, heard))
         told: dict[str, dict[str, float]] = {}
         for site in outcome.admitted:
             update, told[site] = self.folder.reply(round, site).parted()

@@ -29,6 +29,7 @@ PLAIN = {
     "server_learning_rate": 1.0,
     "server_momentum": 0.0,
     "server_average": 0.0,
+    "server_noise": None,
 }
 """The settings under which the server's step is the mean itself."""
 
