@@ -158,13 +158,8 @@ class Besieged(Federation):
     """
 
     def __init__(self, config: RunConfig, cache: Path | None) -> None:
-        super().__init__(config)
+        super().__init__(config, cache=cache)
         self.cell = Cell(0, "", "mean")
-        self.examples = {name: _kept(one, cache, f"site-{name}") for name, one in self.examples.items()}
-        self.evaluator.splits = {
-            name: replace(one, examples=_kept(one.examples, cache, f"split-{name}"))
-            for name, one in self.evaluator.splits.items()
-        }
 
     @property
     def order(self) -> list[str]:
@@ -184,10 +179,6 @@ class Besieged(Federation):
                 yield {**sites, **attacked}
         finally:
             self.examples.update(honest)
-
-
-def _kept(examples: Examples, cache: Path | None, name: str) -> Examples:
-    return Examples(examples.encoded, examples.task, cache_folder=cache and cache / name)
 
 
 def flipped(examples: Examples, labels: int) -> Examples:

@@ -190,7 +190,7 @@ class AdaptedModel:
         A has orthonormal rows (``ffa``), or LoRA's usual uniform entries (Hu et al. 2021, arXiv 2106.09685).
 
         Args:
-            feature_map: what :func:`common.feature_map.fitted` has found, where the model has one; else it is zero.
+            feature_map: what the coordinator has made (``server/feature_map.py``), where the model has one; else zero.
         """
         state: AdapterState = {}
         for name, shape in self.spec.shapes:

@@ -3,7 +3,8 @@
 A learning rate is part of the plan, so it is chosen before the coordinator knows how many units take part, and a step
 that suits ten thousand of them is too long for one thousand: the noise of a mean falls with their number. The
 coordinator knows the noise from what the sites state, all of it public, and can shorten its own step: post-processing,
-free of ε.
+free of ε. With ``server.weights = "uniform"`` a site that declares very few units shortens everybody's step, since its
+noise is that large; by size it adds no more than any other.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from common.errors import ConfigError
 from common.examples import Examples
 from common.model import BaseModel, Placement, layer_stack, load_base, locate
 from common.plan import Plan, plan_of
+from common.requests import starts_orthonormal
 from common.tasks.registry import task_of
 from server.aggregation.registry import aggregator_for
 from server.evaluation import ROWS, Evaluator, HeldOut, held_out, test_exists
@@ -70,7 +71,7 @@ def initial_adapter(config: RunConfig, model: AdaptedModel, texts: Examples) -> 
     if model.maps_features:
         assert config.task.feature_rank is not None
         feature_map = fitted(texts.frozen_features(model, ROWS).numpy(), config.task.feature_rank)
-    return model.initial_state(config.run.seed, False not in starts, feature_map)
+    return model.initial_state(config.run.seed, starts_orthonormal(config.phases), feature_map)
 
 
 def splits(config: RunConfig, model: AdaptedModel) -> dict[str, HeldOut]:

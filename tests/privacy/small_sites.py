@@ -43,9 +43,15 @@ def classifier(
     lora: LoraSection | None = None,
     placement: Placement | None = None,
     max_length: int = 48,
+    **settings: Any,
 ) -> AdaptedModel:
-    """A mean-pooled classifier of three labels; LoRA in the top two of its four layers."""
-    task = task_of(TaskSection(name="sequence-classification", labels=LABELS, max_length=max_length, pooling="mean"))
+    """A mean-pooled classifier of three labels; LoRA in the top two of its four layers.
+
+    Args:
+        settings: more of ``[task]``.
+    """
+    shape = {"labels": LABELS, "max_length": max_length, "pooling": "mean", **settings}
+    task = task_of(TaskSection(name="sequence-classification", **shape))
     base = load_base(folder, task, placement or Placement.choose("cpu"), "mean")
     return AdaptedModel(base, task, lora or LoraSection(r=4, alpha=8.0, layers=2))
 

@@ -44,14 +44,18 @@ def of_kind(mechanism: type[DPSGD] | type[NoPrivacy]) -> PrivacyMechanism:
     return DPSGD(SUMMED, 1, SECRET, "fast") if mechanism is DPSGD else NoPrivacy(SUMMED, 1, SECRET)
 
 
-KINDS = pytest.mark.parametrize("kind", ["classifier", "language_model"])
+KINDS = pytest.mark.parametrize("kind", ["classifier", "mapped classifier", "language_model"])
+MAP = {"feature_map": "held-out-texts", "feature_levels": 3, "feature_rank": 6}
+"""The coordinator's map before the head; what it holds is the coordinator's choice, as the adapter is."""
 CUTS = pytest.mark.parametrize("layers", [2, None], ids=["frozen prefix cached", "from token ids"])
 
 
 @pytest.fixture
 def build(tiny_bert: Path, tiny_llama: Path) -> Build:
     def built(kind: str, **settings: Any) -> AdaptedModel:
-        return classifier(tiny_bert, **settings) if kind == "classifier" else language_model(tiny_llama, **settings)
+        if kind == "language_model":
+            return language_model(tiny_llama, **settings)
+        return classifier(tiny_bert, **settings, **(MAP if kind == "mapped classifier" else {}))
 
     return built
 
