@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 from environment import RESULTS, environment
 
-from common.config import PhaseSection
 from common.messages import Tensors, joined
+from common.sections import PhaseSection
 from server.aggregation.registry import aggregator_for
 from server.checkpoint import RunFolder
 

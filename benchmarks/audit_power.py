@@ -29,8 +29,9 @@ from planted_faults import FAULTS, Fault
 from client.privacy.audit.canaries import Estimate
 from client.privacy.audit.run import QUICK, audit
 from client.privacy.audit.verdicts import LEVEL, Verdict
-from common.config import LoraSection, PhaseSection, PrivacySection, RunConfig, TaskSection
+from common.config import RunConfig
 from common.privacy.privacy_loss import gaussian_mu
+from common.sections import LoraSection, PhaseSection, PrivacySection, TaskSection
 
 PHASES = (
     PhaseSection(name="head", rounds=4, sample_rate=1.0, train=("head",), clip_norm=0.5, budget_share=0.7),

@@ -29,11 +29,11 @@ from client.privacy.sampling import RoundSecret
 from common import number_formats, wire
 from common.adapted import AdaptedModel
 from common.algorithms import LOCAL_RULES
-from common.config import LoraSection, PhaseSection, PrivacySection, TaskSection, WireSection
 from common.messages import Release, parted
 from common.model import BaseModel, Placement
 from common.plan import Plan
 from common.requests import RoundRequest, moved_by_server, starts_orthonormal
+from common.sections import LoraSection, PhaseSection, PrivacySection, TaskSection, WireSection
 from common.tasks.registry import task_of
 from server.aggregation.registry import aggregator_for
 

@@ -49,10 +49,10 @@ from client.privacy.mechanism import mechanism_for
 from client.privacy.sampling import RoundSecret
 from client.trainer import train_round
 from common.adapted import AdaptedModel, Cut
-from common.config import LoraSection, PhaseSection, PrivacySection, TaskSection
 from common.examples import Batch, Examples
 from common.messages import PhaseStatement
 from common.model import Placement, load_base
+from common.sections import LoraSection, PhaseSection, PrivacySection, TaskSection
 from common.tasks.base import Encoded
 from common.tasks.registry import task_of
 

@@ -33,7 +33,8 @@ from typing import Any
 from environment import RESULTS, environment
 
 from common.algorithms import LOCAL_RULES
-from common.config import RunConfig, WireSection
+from common.config import RunConfig
+from common.sections import WireSection
 from common.toml_settings import apply_overrides, read_toml, validate
 from server.prepare import TEST
 from server.rounds import VALIDATION, Silent

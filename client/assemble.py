@@ -19,7 +19,6 @@ from client.separation import check_separation
 from client.site import Resources, Site
 from common.adapted import AdaptedModel
 from common.code import code_digest
-from common.config import LoraSection, TaskSection
 from common.data.read import SUFFIXES, Rows, count_rows, read_rows
 from common.data.split import count, select
 from common.data.units import count_units, units_of
@@ -28,6 +27,7 @@ from common.examples import Examples
 from common.model import Placement, digest_of, load_base, locate
 from common.plan import Plan
 from common.prefix_files import cache_folder, wipe_outdated
+from common.sections import LoraSection, TaskSection
 from common.signing import SigningKey
 from common.tasks.base import Encoded
 from common.tasks.registry import task_of

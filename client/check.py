@@ -16,12 +16,12 @@ from client.assemble import UNIT, policy_of, rows_of
 from client.config import SiteConfig
 from client.exposure import TRUSTING, welcome_users
 from common.code import code_digest
-from common.config import TaskSection
 from common.data.read import Rows
 from common.data.split import count, select
 from common.data.units import NO_UNIT, count_units, units_of
 from common.errors import ConfigError, DataError
 from common.model import Placement, digest_of, load_base, locate
+from common.sections import TaskSection
 from common.tasks.base import Fault, Task
 from common.tasks.registry import task_of
 from common.tasks.sequence_classification import SequenceClassification

@@ -7,8 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from common.config import EXAMPLE, SCHEMA_VERSION, Count, Positive, Section
+from common.config import SCHEMA_VERSION
 from common.errors import ConfigError
+from common.sections import EXAMPLE, Count, Positive, Section
 from common.signing import is_public_key
 from common.toml_settings import read_toml, validate
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from common.config import PhaseSection
+from common.sections import PhaseSection
 
 
 def prepare(optimizer: torch.optim.Optimizer, phase: PhaseSection, parameters: Mapping[str, nn.Parameter]) -> None:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from client.privacy.ledger import Balance, Decision, PlanEntry, Population
-from common.config import EXAMPLE, PhaseSection
 from common.messages import PhaseStatement, PrivacyStatement
 from common.plan import Plan
+from common.sections import EXAMPLE, PhaseSection
 from common.signing import PLAN, verify
 
 OUTCOME = {

@@ -25,13 +25,13 @@ from client.privacy.sampling import RoundSecret
 from client.trainer import train_round
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
-from common.config import EXAMPLE
 from common.errors import LedgerError, ModelError, PrivacyError, WireError
 from common.examples import Examples
 from common.messages import DescribeRequest, RefusalReason, SiteDescription, TrainReply, TrainRequest
 from common.plan import Plan, read_plan
 from common.privacy.metrics import metric_bounds
 from common.requests import NOTHING, Held, kept_after, moved_by_server, received
+from common.sections import EXAMPLE
 
 log = logging.getLogger(__name__)
 

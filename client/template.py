@@ -26,8 +26,8 @@ from client.config import (
     TlsSection,
     read_site_config,
 )
-from common.config import Section
 from common.errors import ConfigError
+from common.sections import Section
 
 WIDTH = 118
 

@@ -16,10 +16,10 @@ from client.privacy.sampling import RoundSecret, examples_of
 from common.adapted import AdaptedModel, Cut
 from common.adapter import AdapterState
 from common.algorithms import LOCAL_RULES
-from common.config import PhaseSection
 from common.errors import ConsiliumError
 from common.examples import Batch, Examples
 from common.messages import Tensors
+from common.sections import PhaseSection
 from common.tasks.base import Task
 
 log = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ from torch.nn import functional
 
 from common.adapter import FEATURE_MAP, AdapterSpec, AdapterState, kaiming_rows, orthonormal_rows, rank_of
 from common.algorithms import LOCAL_RULES
-from common.config import LoraSection, PhaseSection
 from common.errors import ModelError
 from common.messages import Tensors
 from common.model import BaseModel, can_checkpoint, checkpointed, layer_stack, pool, top_of
+from common.sections import LoraSection, PhaseSection
 from common.targets import stored_transposed, target_modules
 from common.tasks.base import Task
 

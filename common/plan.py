@@ -15,17 +15,9 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from common.algorithms import LOCAL_RULES
-from common.config import (
-    SCHEMA_VERSION,
-    LoraSection,
-    PhaseSection,
-    PrivacySection,
-    RunConfig,
-    Section,
-    TaskSection,
-    WireSection,
-)
+from common.config import SCHEMA_VERSION, RunConfig
 from common.errors import WireError
+from common.sections import LoraSection, PhaseSection, PrivacySection, Section, TaskSection, WireSection
 
 
 class Plan(Section):

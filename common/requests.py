@@ -24,9 +24,9 @@ from common import number_formats
 from common.adapted import AdaptedModel
 from common.adapter import AdapterSpec, AdapterState
 from common.algorithms import LOCAL_RULES, Matrix
-from common.config import PhaseSection
 from common.messages import INITIAL, Tensors, TrainRequest, WireTensors, adapter_digest, tensor_digest
 from common.plan import Plan
+from common.sections import PhaseSection
 
 # ---- what a plan says of an adapter's tensors -----------------------------------------------------------------------
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from common.config import LoraSection
 from common.errors import ModelError, did_you_mean
+from common.sections import LoraSection
 
 ATTENTION_DEFAULTS = (
     ("query", "value"),

@@ -9,10 +9,10 @@ from enum import StrEnum
 import numpy as np
 
 from common.adapter import AdapterSpec
-from common.config import PhaseSection
 from common.errors import AdapterError
 from common.messages import Release, SiteDescription, Tensors, adapter_digest, tensor_digest
 from common.plan import Plan
+from common.sections import PhaseSection
 from server.norm_bound import LARGEST_NORM, largest_norm, norm
 
 LEAST_ENTRIES = 32

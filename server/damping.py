@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import sqrt
 
-from common.config import PhaseSection
 from common.messages import SiteDescription
+from common.sections import PhaseSection
 
 
 def deviation(phase: PhaseSection, sites: Mapping[str, SiteDescription], weights: Mapping[str, float]) -> float:

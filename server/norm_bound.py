@@ -54,13 +54,13 @@ from functools import lru_cache
 import numpy as np
 
 from common.adapter import AdapterSpec
-from common.config import PhaseSection
 from common.errors import PrivacyError
 from common.messages import PhaseStatement, SiteDescription, Tensors
 from common.number_formats import LEVELS, NumberFormat
 from common.plan import Plan
 from common.privacy.accounting import PhaseLoad, calibrate, default_delta
 from common.privacy.metrics import NoiseSplit
+from common.sections import PhaseSection
 
 LARGEST_NORM = 1e6
 """Largest Euclidean norm of any update. Adapters are of norm 1 to 100; beyond this the next round's numbers

@@ -11,11 +11,11 @@ import torch
 
 from common.adapted import INPUT, AdaptedModel
 from common.adapter import load_adapter
-from common.config import LoraSection, TaskSection
 from common.data.read import read_rows
 from common.errors import AdapterError
 from common.examples import Examples
 from common.model import Placement, load_base, locate
+from common.sections import LoraSection, TaskSection
 from common.tasks.base import Encoded, Predicts
 from common.tasks.registry import task_of
 from common.toml_settings import validate

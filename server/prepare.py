@@ -9,13 +9,14 @@ from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.algorithms import LOCAL_RULES
 from common.code import code_digest
-from common.config import RunConfig, TaskSection
+from common.config import RunConfig
 from common.data.read import is_file
 from common.errors import ConfigError
 from common.examples import Examples
 from common.model import BaseModel, Placement, layer_stack, load_base, locate
 from common.plan import Plan, plan_of
 from common.requests import starts_orthonormal
+from common.sections import TaskSection
 from common.tasks.registry import task_of
 from server.aggregation.registry import aggregator_for
 from server.evaluation import ROWS, Evaluator, HeldOut, held_out, test_exists

@@ -11,8 +11,8 @@ from typing import Any
 
 from common.adapter import rank_of, save_adapter
 from common.code import code_digest
-from common.config import LoraSection
 from common.messages import SiteDescription
+from common.sections import LoraSection
 from server.checkpoint import SCHEMA_VERSION, RunFolder, to_json, write_atomically
 from server.prepare import Prepared
 from server.rounds import Result

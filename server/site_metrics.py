@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from common.config import PhaseSection, PrivacySection
 from common.messages import SiteDescription
 from common.privacy.metrics import NoiseSplit
+from common.sections import PhaseSection, PrivacySection
 
 
 def site_metrics(

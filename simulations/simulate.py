@@ -25,7 +25,7 @@ from client.site import Resources, Site
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.code import code_digest
-from common.config import EXAMPLE, RunConfig
+from common.config import RunConfig
 from common.data.load import Loaded, encode_all, load_rows
 from common.data.split import by_column, count, dealt
 from common.data.units import count_units, renumbered
@@ -33,6 +33,7 @@ from common.errors import ConfigError, DataError, OutputError, PrivacyError
 from common.examples import Examples
 from common.messages import SiteService
 from common.plan import Plan
+from common.sections import EXAMPLE
 from common.signing import SigningKey
 from server.checkpoint import RunFolder
 from server.evaluation import Evaluator

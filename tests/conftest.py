@@ -150,8 +150,8 @@ def adapted_model() -> Callable[..., AdaptedModel]:
 
     def load(folder: Path, lora: dict[str, Any] | None = None, dtype: str = "float32", **task: Any) -> AdaptedModel:
         from common.adapted import AdaptedModel
-        from common.config import LoraSection, TaskSection
         from common.model import Placement, load_base
+        from common.sections import LoraSection, TaskSection
         from common.tasks.registry import task_of
 
         settings = TaskSection(**{"labels": TRIAGE_LABELS, **task})

@@ -34,9 +34,9 @@ from client.privacy.metrics import RoundMeans, RowMetrics, unit_metrics
 from client.privacy.noisy_sum import SUMS, NoisySum
 from client.privacy.per_sample import per_sample_gradients
 from client.privacy.sampling import RoundSecret, poisson_sample
-from common.config import PrivacySection
 from common.messages import PhaseStatement
 from common.privacy.metrics import NoiseSplit
+from common.sections import PrivacySection
 
 Losses = Callable[[], torch.Tensor]
 """Runs the forward pass and returns the weighted loss of each row, fp32 [B]."""

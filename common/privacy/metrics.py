@@ -27,8 +27,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from common.config import PrivacySection
 from common.messages import PhaseStatement
+from common.sections import PrivacySection
 
 LARGEST_LOSS = 2.0
 """Losses are cut at so many times the loss of a guess, ln(number of labels or tokens)."""

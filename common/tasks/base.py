@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.config import TaskSection
 from common.errors import ConfigError, did_you_mean
+from common.sections import TaskSection
 
 LogitsOf = Callable[[Sequence["Encoded | None"]], Sequence[torch.Tensor]]
 """Runs the adapted model on encoded rows and returns each row's logits, in order."""

@@ -11,8 +11,8 @@ import torch
 from rouge_score import rouge_scorer
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.config import TaskSection
 from common.errors import ModelError
+from common.sections import TaskSection
 from common.tasks.base import Encoded, Fault, LogitsOf, Scores, register
 
 IGNORED = -100

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common.config import TaskSection
+from common.sections import TaskSection
 from common.tasks import causal_lm, sequence_classification
 from common.tasks.base import Task, create, known_tasks
 

@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from common.config import TaskSection
+from common.sections import TaskSection
 from common.tasks.base import Encoded, Fault, LogitsOf, Scores, register
 
 

@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from common.adapter import AdapterState
-from common.config import PhaseSection
 from common.errors import AdapterError, ConfigError, did_you_mean
 from common.messages import Tensors
+from common.sections import PhaseSection
 from server.aggregation.optimizers import optimizer_for
 
 S = TypeVar("S")

@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from common.adapter import AdapterState, lora_pairs
-from common.config import PhaseSection
 from common.errors import ConfigError
 from common.messages import Tensors
+from common.sections import PhaseSection
 from server.aggregation.base import FedOpt, RoundState
 from server.aggregation.low_rank import Matrix, Products
 from server.aggregation.mean import Sums, WeightedMean

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from scipy.linalg.blas import daxpy, saxpy
 
 from common.adapter import AdapterState
-from common.config import PhaseSection
 from common.messages import Tensors
+from common.sections import PhaseSection
 from server.aggregation.base import register_rule
 
 GROUP = 8

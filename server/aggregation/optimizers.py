@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from common.adapter import AdapterState
-from common.config import PhaseSection
 from common.errors import ConfigError, did_you_mean
 from common.messages import Tensors
+from common.sections import PhaseSection
 
 VELOCITY, SECOND = "velocity", "second"
 Moments = Mapping[str, Tensors]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common.config import PhaseSection
+from common.sections import PhaseSection
 from server.aggregation import fedex, fedit, fedsvd, ffa, flexlora, la_lora, mean, robust, rolora
 from server.aggregation.base import Aggregator, create, known_aggregators, known_rules
 

@@ -31,9 +31,9 @@ import numpy as np
 import numpy.typing as npt
 
 from common.adapter import AdapterState
-from common.config import PhaseSection
 from common.errors import RunFailed
 from common.messages import Tensors
+from common.sections import PhaseSection
 from server.aggregation.base import register_rule
 
 BLOCK = 1 << 22

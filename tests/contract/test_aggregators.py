@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load, save
 
 from common.algorithms import LOCAL_RULES
-from common.config import PhaseSection
 from common.errors import AdapterError, ConfigError
+from common.sections import PhaseSection
 from server.aggregation.base import Aggregator, create
 from server.aggregation.optimizers import OPTIMIZERS
 from server.aggregation.registry import aggregator_for, known_aggregators, known_rules

@@ -15,9 +15,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.adapted import INPUT, AdaptedModel
-from common.config import TaskSection
 from common.errors import ConfigError, ModelError
 from common.examples import Examples
+from common.sections import TaskSection
 from common.tasks.base import Encoded, Fault, Generates, Predicts, Task, known_tasks
 from common.tasks.causal_lm import IGNORED, LONGEST_ANSWER
 from common.tasks.registry import task_of

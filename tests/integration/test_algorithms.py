@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from common.algorithms import LOCAL_RULES
-from common.config import DataSection, LoraSection, ModelSection, PhaseSection, PrivacySection, RunConfig, TaskSection
+from common.config import RunConfig
 from common.errors import ConfigError
+from common.sections import DataSection, LoraSection, ModelSection, PhaseSection, PrivacySection, TaskSection
 from server.checkpoint import RunFolder
 from server.prepare import prepare
 from server.rounds import Progress, Silent

@@ -23,10 +23,10 @@ from site_files import COORDINATOR, site_tables, write_site
 from client.agent import HEALTH, MALFORMED, SERVICE
 from client.audit_log import AuditLog
 from common.code import code_digest
-from common.config import LoraSection, PhaseSection, PrivacySection, TaskSection
 from common.model import digest_of
 from common.plan import Plan
 from common.protos import site_pb2 as pb
+from common.sections import LoraSection, PhaseSection, PrivacySection, TaskSection
 from common.signing import PLAN
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can start processes of other users")

@@ -21,11 +21,11 @@ from client.site import Resources, Site
 from client.trainer import train_round
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
-from common.config import EXAMPLE, LoraSection, PhaseSection, PrivacySection, TaskSection
 from common.examples import Examples
 from common.messages import DescribeRequest, PhaseStatement, Tensors, TrainRequest
 from common.model import Placement, load_base
 from common.plan import Plan
+from common.sections import EXAMPLE, LoraSection, PhaseSection, PrivacySection, TaskSection
 from common.signing import PLAN, SigningKey
 from common.tasks.base import Encoded
 from common.tasks.registry import task_of

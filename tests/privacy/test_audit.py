@@ -30,9 +30,10 @@ from client.privacy.audit.verdicts import (
     dispersion_range,
     within,
 )
-from common.config import LoraSection, PhaseSection, PrivacySection, RunConfig, TaskSection
+from common.config import RunConfig
 from common.messages import PhaseStatement, PrivacyStatement
 from common.privacy.privacy_loss import gaussian_epsilon
+from common.sections import LoraSection, PhaseSection, PrivacySection, TaskSection
 
 HEAD = PhaseSection(name="head", rounds=4, sample_rate=1.0, train=("head",), clip_norm=0.5, budget_share=0.7)
 LORA = PhaseSection(name="lora", rounds=4, steps=2, sample_rate=0.25, train=("head", "lora"), budget_share=0.3)

@@ -11,11 +11,12 @@ from dp_accounting.pld import privacy_loss_distribution
 from small_sites import classifier, encoded, phase, plan_for, policy_for, shown, site_for
 
 from client.privacy.budget import fits, sample_rates, segments_of, state_privacy
-from common.config import LoraSection, PhaseSection, PrivacySection, TaskSection, default_phases
 from common.errors import PrivacyError
 from common.messages import PhaseStatement
 from common.plan import Plan
 from common.privacy.accounting import Segment
+from common.recipes import default_phases
+from common.sections import LoraSection, PhaseSection, PrivacySection, TaskSection
 
 PHASES = {
     "the default recipe": default_phases(TaskSection(labels=("a", "b")), PrivacySection()),

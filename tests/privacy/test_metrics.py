@@ -41,10 +41,11 @@ from client.privacy.sampling import RoundSecret, poisson_sample
 from client.trainer import train_round
 from common.adapted import INPUT, AdaptedModel
 from common.adapter import AdapterState
-from common.config import PrivacySection, RunConfig
+from common.config import RunConfig
 from common.examples import Batch, Examples
 from common.messages import PhaseStatement, PlanStatus, Refusal, RefusalReason, Release, Tensors
 from common.privacy.metrics import NoiseSplit, metric_bounds
+from common.sections import PrivacySection
 from common.tasks.base import Encoded
 from common.toml_settings import validate
 from server.progress import Bars

@@ -29,12 +29,12 @@ from client.privacy.mechanism import DPSGD, NoPrivacy
 from client.privacy.per_sample import check_coverage
 from client.trainer import train_round
 from common.adapted import INPUT, AdaptedModel, Cut
-from common.config import LoraSection
 from common.errors import CoverageError
 from common.examples import Examples
 from common.messages import PhaseStatement, Tensors
 from common.model import Placement, layer_stack
 from common.privacy.noise import Grid, rounded_gaussian
+from common.sections import LoraSection
 from common.tasks.base import Encoded
 
 Build = Callable[..., AdaptedModel]

@@ -29,9 +29,9 @@ from client.privacy.mechanism import DPSGD
 from client.privacy.noisy_sum import SUMS, FloatSum
 from client.privacy.sampling import RoundSecret, examples_of
 from common.adapted import INPUT, AdaptedModel
-from common.config import PrivacySection
 from common.examples import Examples
 from common.messages import PhaseStatement, PlanStatus, RefusalReason
+from common.sections import PrivacySection
 from common.tasks.base import Encoded
 
 SUMMED = PhaseStatement("phase", 1.0, 1e-30, 1.0, 1)

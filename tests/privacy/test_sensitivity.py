@@ -29,10 +29,10 @@ from client.privacy.mechanism import DPSGD, NoPrivacy, PrivacyMechanism
 from client.privacy.noisy_sum import FloatSum
 from client.trainer import train_round
 from common.adapted import AdaptedModel
-from common.config import LoraSection
 from common.errors import CoverageError
 from common.examples import Examples
 from common.messages import PhaseStatement
+from common.sections import LoraSection
 from common.tasks.base import Encoded
 
 Build = Callable[..., AdaptedModel]

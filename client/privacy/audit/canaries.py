@@ -28,9 +28,9 @@ from scipy import stats
 from client.privacy.audit.probe import Folders, NoRelease, Probe, Subject, closing
 from client.privacy.audit.subjects import CANARIES, canary, coordinates, examples_of_units, zero_adapter
 from client.privacy.audit.verdicts import LEVEL, FloatArray, Verdict, within
-from common.config import EXAMPLE, PhaseSection
 from common.messages import PhaseStatement, PrivacyStatement
 from common.privacy.privacy_loss import gaussian_epsilon, gaussian_mu
+from common.sections import EXAMPLE, PhaseSection
 
 PART = "canaries"
 CONFIDENCE = 0.99

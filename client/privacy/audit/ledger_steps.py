@@ -13,9 +13,10 @@ from client.privacy.audit.probe import Folders, NoRelease, Probe, Subject, audit
 from client.privacy.audit.sampling import STILL
 from client.privacy.audit.subjects import CANARIES, canary, coordinates, examples_of_units, zero_adapter
 from client.privacy.audit.verdicts import Verdict, within
-from common.config import EXAMPLE, RunConfig
+from common.config import RunConfig
 from common.messages import PrivacyStatement
 from common.privacy.accounting import Segment, filter_epsilon, pld_epsilon
+from common.sections import EXAMPLE
 
 PART = "ledger"
 FEW = 8

@@ -22,7 +22,7 @@ from client.privacy.row_independence import Probed
 from client.site import Resources, Site
 from common.adapted import AdaptedModel
 from common.algorithms import LOCAL_RULES
-from common.config import PhaseSection, RunConfig, WireSection
+from common.config import RunConfig
 from common.errors import ConfigError
 from common.examples import Examples
 from common.messages import (
@@ -37,6 +37,7 @@ from common.messages import (
 )
 from common.plan import Plan, plan_of
 from common.privacy.metrics import NoiseSplit
+from common.sections import PhaseSection, WireSection
 from common.signing import PLAN, SigningKey
 
 CODE = "0" * 64

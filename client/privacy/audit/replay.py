@@ -31,7 +31,8 @@ from client.privacy.audit.subjects import (
 )
 from client.privacy.audit.verdicts import FloatArray, Verdict, within
 from common.adapted import AdaptedModel
-from common.config import EXAMPLE, PhaseSection, RunConfig
+from common.config import RunConfig
+from common.sections import EXAMPLE, PhaseSection
 
 PART = "replay"
 PUBLIC_SIZE = 64

@@ -27,7 +27,8 @@ from client.privacy.audit.verdicts import (
     worst_of,
 )
 from common.adapted import AdaptedModel
-from common.config import EXAMPLE, PhaseSection, RunConfig
+from common.config import RunConfig
+from common.sections import EXAMPLE, PhaseSection
 
 PART = "sampling"
 STILL = 2.0**-24

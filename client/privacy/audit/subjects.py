@@ -27,9 +27,10 @@ from transformers import (
 from client.privacy.audit.verdicts import FloatArray
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
-from common.config import LoraSection, RunConfig, TaskSection
+from common.config import RunConfig
 from common.examples import Examples
 from common.model import BaseModel, Placement
+from common.sections import LoraSection, TaskSection
 from common.tasks.base import Encoded, Task
 from common.tasks.registry import task_of
 

@@ -22,9 +22,9 @@ from client.check import check_site
 from client.config import WHOLE_SITE, SiteConfig, SiteDataSection, read_site_config
 from client.separation import sign_separation
 from common.adapted import AdaptedModel
-from common.config import LoraSection
 from common.data.read import read_rows
 from common.errors import ConfigError, ConsiliumError, DataError
+from common.sections import LoraSection
 from common.signing import SigningKey
 from common.tasks.sequence_classification import SequenceClassification
 

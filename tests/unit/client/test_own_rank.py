@@ -26,8 +26,8 @@ from client.assemble import build_site
 from client.config import read_site_config
 from common.adapted import AdaptedModel
 from common.adapter import lora_pairs
-from common.config import LoraSection
 from common.messages import PlanStatus, Refusal, RefusalReason, Release
+from common.sections import LoraSection
 from server.aggregation.low_rank import leading
 
 RANK = 2

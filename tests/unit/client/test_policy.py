@@ -12,8 +12,8 @@ from small_sites import phase, plan_for, policy_for
 from client.policy import Policy, rounded
 from client.policy import policy_for as policy_of_a_simulation
 from common.adapted import AdaptedModel
-from common.config import LoraSection, PhaseSection, PrivacySection, TaskSection
 from common.messages import RefusalReason
+from common.sections import LoraSection, PhaseSection, PrivacySection, TaskSection
 
 
 def refusal(model: AdaptedModel, policy: dict[str, Any] | None = None, **plan: Any) -> RefusalReason | None:

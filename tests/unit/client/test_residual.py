@@ -22,12 +22,12 @@ from client.site import Site
 from common import number_formats, wire
 from common.adapted import AdaptedModel
 from common.adapter import AdapterSpec, AdapterState
-from common.config import PhaseSection, WireSection
 from common.messages import Refusal, RefusalReason, Release, TrainRequest
 from common.number_formats import NumberFormat
 from common.plan import Plan
 from common.requests import RoundRequest, start_of, touched_before
 from common.rpc import AgentAddress, RemoteSite
+from common.sections import PhaseSection, WireSection
 
 SPEC = AdapterSpec.of("base", {"a": (4,), "b": (384, 8)})
 ROUNDS = 4

@@ -30,7 +30,6 @@ from client.audit_log import AuditLog
 from client.privacy.ledger import Decision, Ledger
 from client.site import Site
 from common.adapted import AdaptedModel
-from common.config import PrivacySection
 from common.examples import Examples
 from common.messages import (
     DescribeRequest,
@@ -43,6 +42,7 @@ from common.messages import (
     TrainRequest,
 )
 from common.plan import Plan
+from common.sections import PrivacySection
 
 
 def reason(reply: TrainReply) -> RefusalReason:

@@ -17,9 +17,9 @@ from client.privacy import clock
 from client.privacy.ledger import Decision
 from client.site import Site
 from common.adapted import AdaptedModel
-from common.config import LoraSection, PrivacySection
 from common.messages import PlanStatus, Refusal, RefusalReason, Release, TrainReply
 from common.plan import Plan
+from common.sections import LoraSection, PrivacySection
 from common.signing import AUDIT_HEAD, SigningKey
 
 

@@ -16,9 +16,9 @@ import client.config
 from client.config import SiteConfig, read_site_config
 from client.setup_cli import register
 from client.template import SECTIONS, explanations, template
-from common.config import Section
 from common.errors import ConfigError, ConsiliumError, DataError
 from common.model import digest_of
+from common.sections import Section
 from common.signing import SigningKey
 from common.toml_settings import validate
 

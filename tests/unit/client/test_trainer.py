@@ -19,9 +19,9 @@ from client.privacy.sampling import RoundSecret
 from client.trainer import train_round
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
-from common.config import PhaseSection
 from common.examples import Examples
 from common.messages import PhaseStatement, Tensors
+from common.sections import PhaseSection
 
 ALL = ("head", "A", "B")
 METRICS = ("loss", "accuracy")

@@ -38,8 +38,8 @@ from transformers import (
 
 from common.adapted import INPUT, AdaptedModel, Cut
 from common.adapter import AdapterState, save_adapter
-from common.config import PhaseSection
 from common.errors import AdapterError, ModelError
+from common.sections import PhaseSection
 
 Load = Callable[..., AdaptedModel]
 Draw = Callable[..., AdapterState]

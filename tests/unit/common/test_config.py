@@ -10,8 +10,10 @@ import pytest
 from site_files import site_tables
 
 from client.config import SiteConfig
-from common.config import PrivacySection, RunConfig, TaskSection, default_phases
+from common.config import RunConfig
 from common.errors import ConfigError
+from common.recipes import default_phases
+from common.sections import PrivacySection, TaskSection
 from common.toml_settings import apply_overrides, read_toml, validate
 
 TASK = {"labels": ["urgent", "routine"]}

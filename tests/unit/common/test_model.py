@@ -14,9 +14,9 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
-from common.config import TaskSection
 from common.errors import ModelError
 from common.model import BaseModel, Placement, choose_pooling, digest_of, load_base, locate, pool
+from common.sections import TaskSection
 from common.tasks.base import Task
 from common.tasks.registry import task_of
 

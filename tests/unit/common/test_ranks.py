@@ -12,9 +12,9 @@ import torch
 
 from common.adapted import INPUT, AdaptedModel
 from common.adapter import AdapterSpec, AdapterState, kaiming_rows, lora_pairs, rank_of
-from common.config import LoraSection, PhaseSection, PrivacySection, TaskSection
 from common.errors import AdapterError
 from common.plan import Plan
+from common.sections import LoraSection, PhaseSection, PrivacySection, TaskSection
 
 Load = Callable[..., AdaptedModel]
 Draw = Callable[..., AdapterState]

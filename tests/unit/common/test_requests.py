@@ -12,11 +12,11 @@ import pytest
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.algorithms import LOCAL_RULES
-from common.config import PhaseSection, PrivacySection, WireSection
 from common.errors import WireError
 from common.messages import INITIAL, TrainRequest, tensor_digest
 from common.plan import Plan
 from common.requests import NOTHING, Held, Received, RoundRequest, kept_after, received, start_of, touched_before
+from common.sections import PhaseSection, PrivacySection, WireSection
 from server.aggregation.low_rank import leading
 from server.aggregation.registry import aggregator_for
 

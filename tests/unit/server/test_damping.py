@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from common.config import PhaseSection
 from common.messages import PhaseStatement, PlanStatus, PrivacyStatement, SiteDescription
+from common.sections import PhaseSection
 from server.damping import damped, deviation
 
 

@@ -14,12 +14,13 @@ from transformers import AutoModel
 
 from common.adapted import INPUT, AdaptedModel, Cut
 from common.adapter import MAP_FILE, AdapterState, load_adapter, save_adapter
-from common.config import PhaseSection, PrivacySection, RunConfig, WireSection
+from common.config import RunConfig
 from common.errors import ModelError
 from common.examples import Examples
 from common.messages import TrainRequest
 from common.plan import Plan
 from common.requests import RoundRequest, received
+from common.sections import PhaseSection, PrivacySection, WireSection
 from common.tasks.base import Encoded
 from common.toml_settings import validate
 from server.feature_map import RIDGE, fitted

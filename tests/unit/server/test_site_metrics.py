@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from common.config import PhaseSection, PrivacySection
 from common.messages import PhaseStatement, PlanStatus, PrivacyStatement, SiteDescription
+from common.sections import PhaseSection, PrivacySection
 from server.progress import rounds_table
 from server.site_metrics import site_metrics
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from common.adapted import AdaptedModel
-from common.config import TaskSection
 from common.data.load import describe, encode_all, load_rows
 from common.errors import DataError
+from common.sections import TaskSection
 from common.tasks.base import Fault
 from common.tasks.registry import task_of
 

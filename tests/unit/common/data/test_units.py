@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.config import TaskSection
 from common.data.load import load_rows
 from common.data.units import NO_UNIT, count_units, renumbered, units_of
+from common.sections import TaskSection
 from common.tasks.registry import task_of
 
 TASK = task_of(TaskSection(labels=("a", "b")))

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import PhaseSection
+from common.sections import PhaseSection
 from server.aggregation.registry import aggregator_for
 
 HEAD = "classifier.weight"

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from common.adapted import INPUT, AdaptedModel
 from common.adapter import AdapterState, rank_of, save_adapter
-from common.config import PhaseSection
+from common.sections import PhaseSection
 from server.aggregation.registry import aggregator_for
 
 State = dict[str, np.ndarray]

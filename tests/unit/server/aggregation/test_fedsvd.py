@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from common.adapter import orthonormal_rows
-from common.config import PhaseSection
+from common.sections import PhaseSection
 from server.aggregation.optimizers import SECOND, VELOCITY
 from server.aggregation.registry import aggregator_for
 

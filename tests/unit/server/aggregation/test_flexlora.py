@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import PhaseSection
 from common.errors import AdapterError, ConfigError
+from common.sections import PhaseSection
 from server.aggregation.low_rank import leading
 from server.aggregation.registry import aggregator_for
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import PhaseSection
+from common.sections import PhaseSection
 from server.aggregation.mean import BLOCK, GROUP, Sums, WeightedMean
 
 MEAN = WeightedMean(PhaseSection(name="p", rounds=1, sample_rate=1.0))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import PhaseSection
+from common.sections import PhaseSection
 from server.aggregation.optimizers import SECOND, VELOCITY, optimizer_for
 
 START = np.array([[1, 2], [3, 4]], np.float32)

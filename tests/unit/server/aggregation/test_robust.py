@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.config import PhaseSection
 from common.errors import RunFailed
+from common.sections import PhaseSection
 from server.aggregation import robust
 from server.aggregation.base import rule_for
 from server.aggregation.registry import aggregator_for
