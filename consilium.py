@@ -23,6 +23,8 @@ import client.privacy.audit.cli
 import common.privacy.cli
 import server.cli
 import simulations.cli
+import simulations.data_cli
+import simulations.sweep_cli
 from common.errors import ConsiliumError
 from common.logs import LogFormat, set_up_logging
 
@@ -49,9 +51,13 @@ def _options(
 
 
 app.command("simulate", help=simulations.cli.HELP)(simulations.cli.simulate_command)
+app.command("sweep", help=simulations.sweep_cli.SWEEP_HELP)(simulations.sweep_cli.sweep_command)
+app.command("compare", help=simulations.sweep_cli.COMPARE_HELP)(simulations.sweep_cli.compare_command)
 app.command("predict", help=server.cli.PREDICT_HELP)(server.cli.predict_command)
+app.command("report", help=server.cli.REPORT_HELP)(server.cli.report_command)
 app.add_typer(server.cli.app, name="server")
 app.add_typer(client.cli.app, name="site")
+app.add_typer(simulations.data_cli.app, name="data")
 common.privacy.cli.app.command("audit", help=client.privacy.audit.cli.HELP)(client.privacy.audit.cli.audit_command)
 app.add_typer(common.privacy.cli.app, name="privacy")
 

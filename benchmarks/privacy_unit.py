@@ -21,7 +21,7 @@ from utility import configured, run_cell
 from common.config import RunConfig
 from common.data.load import load_rows
 from common.data.units import renumbered
-from simulations.simulate import Federation
+from simulations.federation import Federation
 
 CELLS = RESULTS / "privacy_unit.jsonl"
 UNIT = "focus"

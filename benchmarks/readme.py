@@ -81,18 +81,7 @@ def measured() -> str:
             "charged to ε):\n\n" + text.rpartition("\n\n")[0]
         )
     if (RESULTS / "simulation.json").exists():
-        result = json.loads((RESULTS / "simulation.json").read_text(encoding="utf-8"))
-        where = f"{result['environment']['cpu']}, {result['environment']['cores']} cores"
-        lines = [f"Simulation (`benchmarks/simulation.py`, {where}):\n"]
-        for entry in result["overhead"]:
-            ratio = entry["ratios"]
-            lines.append(
-                f"- wall time of a client-round over a bare loop of the same steps, {entry['mechanism']}: median "
-                f"{ratio['median']:.2f} (from {ratio['min']:.2f} to {ratio['max']:.2f}, {ratio['n']} rounds)"
-            )
-        peak = ", ".join(f"{entry['sites']} sites {entry['peak_memory_mib']} MiB" for entry in result["memory"])
-        lines.append(f"- peak memory with the same 3,000 rows: {peak}")
-        parts.append("\n".join(lines))
+        parts.append(_simulation(json.loads((RESULTS / "simulation.json").read_text(encoding="utf-8"))["rows"]))
     if (RESULTS / "deployment.json").exists():
         result = json.loads((RESULTS / "deployment.json").read_text(encoding="utf-8"))
         parts.append(str(result["summary"]))
@@ -139,6 +128,45 @@ def _prefix_cache(cells: dict[str, Any]) -> str:
             f"| {name.replace('-', ', ', 2)} | {ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f}) | "
             f"{cell['layers_ratio']:g} | {speed['all']:g} → {speed['cached']:g} | {ratio['n']} |"
         )
+    return "\n".join(lines)
+
+
+def _simulation(rows: list[dict[str, Any]]) -> str:
+    """What benchmarks/simulation.py has measured, as Markdown."""
+    where = rows[0]["environment"]
+    lines = [f"Simulation (`benchmarks/simulation.py`, {where['cpu']}, {where['cores']} cores):\n"]
+    for row in rows:
+        stage, cell = row["stage"], row["cell"]
+        if stage == "overhead":
+            same, plain = (row[f"over_{loop}"]["rounds"] for loop in ("same", "plain"))
+            lines.append(
+                f"- core-seconds of a round of 8 steps × batch 16 ({cell}): {same['median']:.3f} of a bare loop over "
+                f"the same batches, {plain['median']:.2f} of one that pads each step to its longest example"
+            )
+        elif stage == "little":
+            extra, wall = row["over_same"]["extra_core_ms_per_client_round"], row["extra_wall_ms_per_client_round"]
+            lines.append(
+                f"- beyond the bare loop, per client-round of 1 step × batch 2 ({cell}): {extra['median']:.1f} ms of "
+                f"core time, {wall['median']:.1f} ms of wall time"
+            )
+        elif stage == "prefix":
+            lines.append(
+                f"- top 2 of 6 layers, frozen-prefix cache ({cell}): {row['faster_than']['plain']:.2f} × as fast "
+                "as the bare loop with all six adapted"
+            )
+        elif stage == "cores":
+            lines.append(f"- two workers on two cores ({cell}): {row['faster']['median']:.2f} × as fast as one")
+        elif stage == "start":
+            first = " and ".join(
+                f"{row[cache]['seconds_to_first_message']:.1f} s ({cache.replace('_', ' ')})"
+                for cache in ("empty_cache", "filled_cache")
+            )
+            lines.append(f"- from the loaded model to the first round, base evaluation aside: {first}")
+        elif stage == "sites":
+            lines.append(
+                f"- {row['sites']:,} sites, {row['sites_made']} of them made: first round after "
+                f"{row['seconds_to_first_message']:.1f} s, {row['peak_memory_mib']} MiB at most"
+            )
     return "\n".join(lines)
 
 

@@ -57,7 +57,8 @@ from server.checkpoint import RunFolder
 from server.norm_bound import largest_norm, norm
 from server.prepare import TEST
 from server.rounds import Silent
-from simulations.simulate import Arm, Federation
+from simulations.federation import Arm, Federation
+from simulations.workers import Workers
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS = RESULTS / "robustness.jsonl"
@@ -169,12 +170,14 @@ class Besieged(Federation):
         return names
 
     @contextmanager
-    def _sites(self, arm: Arm, plan: Plan, coordinator: str) -> Iterator[Mapping[str, SiteService]]:
+    def sites(
+        self, arm: Arm, plan: Plan, coordinator: str, workers: Workers | None = None
+    ) -> Iterator[Mapping[str, SiteService]]:
         bad, honest = self.order[: self.cell.hostile], dict(self.examples)
         if self.cell.attack == "labels":
             self.examples.update({name: flipped(self.examples[name], len(self.config.task.labels)) for name in bad})
         try:
-            with super()._sites(arm, plan, coordinator) as sites:
+            with super().sites(arm, plan, coordinator, workers) as sites:
                 attacked = {name: Hostile(sites[name], self.cell.attack, plan, sites) for name in bad}
                 yield {**sites, **attacked}
         finally:

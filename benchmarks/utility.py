@@ -3,6 +3,7 @@
     python benchmarks/utility.py race --data FOLDER
     python benchmarks/utility.py table --data FOLDER --algorithms ffa,fedit
     python benchmarks/utility.py beside --data FOLDER
+    python benchmarks/utility.py refined --data FOLDER
 
 ``race``    every algorithm in the LoRA phase of the default recipe, with the same learning rates for each, at epsilon 3
             and one seed; judged on validation alone
@@ -11,8 +12,10 @@
 ``wire``    the default algorithm with bf16 and int8 both ways, at epsilon 8, one seed
 ``beside``  the same recipe with all rows in one place (``centralised``), and every site alone (the best on validation
             is shown); one seed
+``refined`` the head's phase alone, with ``server_refinement`` and without, on all rows, 4,000 and 1,500 of them; two
+            seeds
 
-The test split is scored once per cell of ``table`` and ``beside``, with the adapter that validation chose. Resumable: a
+The test split is scored once per cell of all stages but ``race``, with the adapter that validation chose. Resumable: a
 finished cell is a line of results/utility.jsonl and is not run again; results/utility.md is written from it.
 
 On honesty: recipe and learning rates were chosen on the validation split, which is the server's own; in a real
@@ -30,7 +33,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from environment import RESULTS, environment
+from pyarrow import parquet
 
 from common.algorithms import LOCAL_RULES
 from common.config import RunConfig
@@ -38,7 +43,7 @@ from common.sections import WireSection
 from common.toml_settings import apply_overrides, read_toml, validate
 from server.prepare import TEST
 from server.rounds import VALIDATION, Silent
-from simulations.simulate import Arm, Federation
+from simulations.federation import Arm, Federation
 
 ROOT = Path(__file__).resolve().parent.parent
 CELLS, TABLE = RESULTS / "utility.jsonl", RESULTS / "utility.md"
@@ -46,6 +51,8 @@ EPSILONS: tuple[float | None, ...] = (None, 8.0, 3.0, 1.0)
 RATES = (0.5, 4.0)
 """Learning rates of the LoRA phase in the race."""
 METRICS = ("accuracy", "macro_f1")
+ROWS: tuple[int | None, ...] = (None, 4000, 1500)
+"""Training rows of the nine sites together in the stage ``refined``."""
 Cell = dict[str, Any]
 
 
@@ -178,6 +185,37 @@ def centralised(federations: Federations, cells: Cells, arguments: argparse.Name
         cells.add(key, lambda f=federation, config=config: run_cell(f, config, f.parts))  # type: ignore[misc]
 
 
+def refined(federations: Federations, cells: Cells, arguments: argparse.Namespace) -> None:
+    """The head's phase with and without the refinement."""
+    for rows in ROWS:
+        with tempfile.TemporaryDirectory() as folder:
+            data = arguments.data if rows is None else _fewer(Path(arguments.data), Path(folder), rows)
+            config = _head_alone(configured(data, 8.0, 0))
+            federation = Federation(config, cache=arguments.cache if rows is None else None)
+            for seed in range(2):
+                for epsilon in EPSILONS[1:]:
+                    for asked in (True, False):
+                        key = {"stage": "refined", "rows": rows, "refined": asked, "epsilon": epsilon, "seed": seed}
+                        config = _head_alone(configured(data, epsilon, seed), server_refinement=asked)
+                        cells.add(key, lambda f=federation, config=config: run_cell(f, config, f.parts))  # type: ignore[misc]
+
+
+def _head_alone(config: RunConfig, **change: Any) -> RunConfig:
+    """The default recipe's head on the default recipe's features."""
+    task = config.task.model_copy(update={"feature_map": "held-out-texts"})
+    return config.model_copy(update={"task": task, "phase": (config.phases[0].model_copy(update=change),)})
+
+
+def _fewer(source: Path, folder: Path, rows: int) -> str:
+    """The data set with so many training rows, drawn with a fixed seed."""
+    for split in ("train", "validation", "test"):
+        table = parquet.read_table(source / f"{split}.parquet")
+        if split == "train":
+            table = table.take(np.sort(np.random.default_rng(0).permutation(len(table))[:rows]))
+        parquet.write_table(table, folder / f"{split}.parquet")
+    return str(folder)
+
+
 # ---- the tables -----------------------------------------------------------------------------------------------------
 
 
@@ -200,6 +238,12 @@ def written(cells: Cells) -> Iterator[str]:
         if ran := cells.of(stage="wire", format=format):
             both = [ran if epsilon == ran[0]["epsilon"] else [] for epsilon in EPSILONS]
             yield f"| federated, ffa, {format} both ways (seed 0) | {' | '.join(map(_mean, both))} |"
+    for rows in ROWS:
+        for asked in (False, True):
+            of = [cells.of(stage="refined", rows=rows, refined=asked, epsilon=epsilon) for epsilon in EPSILONS]
+            if any(of):
+                number = "all" if rows is None else f"{rows:,}"
+                yield f"| head alone, {number} rows, {'' if asked else 'not '}refined | {' | '.join(map(_mean, of))} |"
     if cells.of(stage="race"):
         yield ""
         yield "| race at ε = 3, one seed, validation | " + " | ".join(f"LoRA rate {rate:g}" for rate in RATES) + " |"
@@ -230,6 +274,7 @@ STAGES: dict[str, Callable[[Federations, Cells, argparse.Namespace], None]] = {
     "wire": wire,
     "beside": beside,
     "centralised": centralised,
+    "refined": refined,
 }
 
 
@@ -247,7 +292,7 @@ def main() -> None:
         STAGES[stage](Federations(arguments, stage == "centralised"), cells, arguments)
     where = {
         **environment(),
-        "command": "python benchmarks/utility.py race table beside centralised --data medquad_qtype",
+        "command": "python benchmarks/utility.py race table beside centralised refined --data medquad_qtype",
     }
     text = "\n".join(written(cells)) + f"\n\nMeasured with `{json.dumps(where)}`.\n"
     TABLE.write_text(text, encoding="utf-8")

@@ -6,13 +6,13 @@ line of this text, is shown as an escape.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from client.privacy.ledger import Balance, Decision, PlanEntry, Population
 from common.messages import PhaseStatement, PrivacyStatement
 from common.plan import Plan
+from common.privacy.in_words import odds_in_words
 from common.sections import EXAMPLE, PhaseSection
 from common.signing import PLAN, verify
 
@@ -181,11 +181,7 @@ def _promise(statement: PrivacyStatement | None, plan: Plan) -> Iterator[str]:
         yield "It covers all rounds, whether they are executed or not; nothing is given back."
         if plan.privacy.unit != EXAMPLE:
             yield f"At most {plan.privacy.max_examples_per_unit} rows of one {statement.unit} count in a step."
-        factor = f"{math.exp(statement.epsilon):.3g}" if statement.epsilon < 700 else f"e^{statement.epsilon:.0f}"
-        yield (
-            f"Whoever sees everything that leaves can raise or lower the odds that any one {statement.unit} is in the "
-            f"data by a factor of {factor} at most, except with probability {statement.delta:g}."
-        )
+        yield odds_in_words(statement.epsilon, statement.delta, statement.unit)
 
 
 def _budget(entry: PlanEntry, population: Population, balance: Balance) -> Iterator[str]:

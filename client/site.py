@@ -2,6 +2,9 @@
 
 ``train``: check plan and policy → reserve the round in the ledger → train under the privacy mechanism → release through
 the egress gate → record. Nothing that depends on the data decides whether a reply comes, which kind, or how large.
+
+A simulation may train several sites at once. It asks each to ``begin``, trains the rounds of all that have reserved one
+together (:mod:`simulations.together`), and lets each ``finish``: the same checks, and the same records.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from client import egress
@@ -19,19 +23,19 @@ from client.audit_log import AuditLog
 from client.policy import Policy
 from client.privacy.budget import state_privacy
 from client.privacy.ledger import Decision, Ledger, PlanEntry, Reservation, StoredRelease
-from client.privacy.mechanism import mechanism_for
+from client.privacy.mechanism import PrivacyMechanism, mechanism_for
 from client.privacy.row_independence import Probed
 from client.privacy.sampling import RoundSecret
 from client.trainer import train_round
 from common.adapted import AdaptedModel
-from common.adapter import AdapterState
+from common.adapter import AdapterSpec, AdapterState
 from common.errors import LedgerError, ModelError, PrivacyError, WireError
 from common.examples import Examples
 from common.messages import DescribeRequest, RefusalReason, SiteDescription, TrainReply, TrainRequest
 from common.plan import Plan, read_plan
 from common.privacy.metrics import metric_bounds
-from common.requests import NOTHING, Held, kept_after, moved_by_server, received
-from common.sections import EXAMPLE
+from common.requests import NOTHING, Held, Received, kept_after, moved_by_server, received
+from common.sections import EXAMPLE, PhaseSection
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +53,37 @@ class Resources:
     """Changes when the plan's data change. Never leaves the site."""
     probed: Probed = field(default_factory=Probed)
     """What is known of the resident models' rows; sites of one simulation share it."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A round that is reserved and has to be trained."""
+
+    plan: Plan
+    request: TrainRequest
+    digest: str
+    """Of the request."""
+    model: AdaptedModel
+    adapter: Received
+    spec: AdapterSpec
+    """Of the adapter, at the site's rank."""
+    names: tuple[str, ...]
+    """The tensors that are trained and released."""
+    examples: Examples
+    rows: int
+    """Of a physical batch."""
+    reservation: Reservation
+    public_size: int
+
+    @property
+    def phase(self) -> PhaseSection:
+        """The round's phase."""
+        return self.plan.phase_of(self.request.round)
+
+    def mechanism(self) -> PrivacyMechanism:
+        """A fresh one; whoever trains the round, and however often, draws the same from its secret."""
+        reservation = self.reservation
+        return mechanism_for(self.plan.privacy, reservation.phase, self.public_size, reservation.secret)
 
 
 class Site:
@@ -175,7 +210,14 @@ class Site:
     # ---- train: one round ---------------------------------------------------------------------------------------
 
     def train(self, request: TrainRequest) -> TrainReply:
-        """One round: the stored release if there is one, else reserve, train, release, record.
+        """One round: the stored release if there is one, else reserve, train, release, record."""
+        with self.answering():
+            begun = self.begin(request)
+            return self.finish(begun, *self.trained(begun)) if isinstance(begun, Work) else begun
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """While a training request is answered, which is one at a time.
 
         Every answer waits until ``policy.reply_after``, and so does whatever else is asked meanwhile: an answer that
         waited for the end of training alone would tell when that was.
@@ -183,11 +225,12 @@ class Site:
         with self._one_at_a_time:
             earliest = time.monotonic() + self.policy.section.reply_after
             try:
-                return self._train(request)
+                yield
             finally:
                 time.sleep(max(0.0, earliest - time.monotonic()))
 
-    def _train(self, request: TrainRequest) -> TrainReply:
+    def begin(self, request: TrainRequest) -> TrainReply | Work:
+        """The reply, if it is settled already; else all that training needs. Within ``answering``."""
         self._close_expired()
         if self.ledger.blocked:
             return egress.refuse(self.name, RefusalReason.BLOCKED)
@@ -198,11 +241,11 @@ class Site:
             return egress.pending(self.name)
         if entry.decision in (Decision.REFUSED, Decision.CLOSED):
             return egress.refuse(self.name, entry.refusal or RefusalReason.POLICY)
-        outcome = self._released(read_plan(entry.body), request)
+        outcome = self._reserved(read_plan(entry.body), request)
         if isinstance(outcome, RefusalReason):
             self._record_refusal(entry, request, outcome)
             return egress.refuse(self.name, outcome)
-        return egress.reply(self.name, request, request.digest(), outcome)
+        return outcome if isinstance(outcome, Work) else egress.reply(self.name, request, request.digest(), outcome)
 
     def _record_refusal(self, entry: PlanEntry, request: TrainRequest, reason: RefusalReason) -> None:
         """Once for each plan, reason and round it has: who asks again and again does not fill the disk."""
@@ -211,7 +254,7 @@ class Site:
             self._refused.add((entry.digest, round, reason))
             self.audit.append("round refused", run=entry.run_id, round=request.round, reason=reason)
 
-    def _released(self, plan: Plan, request: TrainRequest) -> StoredRelease | RefusalReason:
+    def _reserved(self, plan: Plan, request: TrainRequest) -> Work | StoredRelease | RefusalReason:
         if not 1 <= request.round <= plan.rounds:
             return RefusalReason.OUT_OF_ORDER
         digest = request.digest()
@@ -252,22 +295,44 @@ class Site:
         if isinstance(reservation, RefusalReason):
             return reservation
         self.audit.append("round reserved", run=request.run_id, round=request.round, request=digest)
-        update, means = self._update(plan, request.round, adapter.adapter, reservation, model, names)
+        size = self.policy.population_of(plan).public_size
+        examples = self._examples(plan, model)
+        return Work(plan, request, digest, model, adapter, spec, names, examples, rows, reservation, size)
+
+    def trained(self, work: Work) -> tuple[AdapterState, dict[str, float]]:
+        """The round's update and the means of the plan's metrics, both with their noise."""
+        mechanism = work.mechanism()
+        update = train_round(
+            work.model,
+            work.examples,
+            work.adapter.adapter,
+            work.phase,
+            work.names,
+            mechanism,
+            work.reservation.secret,
+            work.rows,
+            work.plan.privacy.max_examples_per_unit,
+        )
+        return update, mechanism.means()
+
+    def finish(self, work: Work, update: AdapterState, means: dict[str, float]) -> TrainReply:
+        """Releases what was trained, and records it. Within the same ``answering`` as ``begin``."""
+        plan, request, model = work.plan, work.request, work.model
         bounds = metric_bounds(plan.privacy.metrics, model.task.outcomes(model.network))
-        rounding = self._rounding(plan, model, reservation)
-        outgoing = egress.release(update, spec.part(names), means, bounds, rounding)
+        rounding = self._rounding(plan, model, work.reservation)
+        outgoing = egress.release(update, work.spec.part(work.names), means, bounds, rounding)
         self.audit.append(
             "round released",
             run=request.run_id,
             round=request.round,
-            request=digest,
+            request=work.digest,
             release=hashlib.sha256(outgoing.payload).hexdigest(),
             size=len(outgoing.payload),
         )
         head = self.audit.sign_head()
-        self.ledger.record(reservation, outgoing.payload, head, outgoing.residual)
-        self._hold(request.plan_digest, adapter.held(kept_after(plan, model, request.round)))
-        return StoredRelease(outgoing.payload, head)
+        self.ledger.record(work.reservation, outgoing.payload, head, outgoing.residual)
+        self._hold(request.plan_digest, work.adapter.held(kept_after(plan, model, request.round)))
+        return egress.reply(self.name, request, work.digest, StoredRelease(outgoing.payload, head))
 
     def _rounding(self, plan: Plan, model: AdaptedModel, reservation: Reservation) -> egress.Rounding:
         """How the round's release is written. What rounding takes away is carried over within a phase, for tensors
@@ -296,31 +361,6 @@ class Site:
         if plan.privacy.unit == EXAMPLE:
             return self.resources.physical_batch
         return max(self.resources.physical_batch, plan.privacy.max_examples_per_unit)
-
-    def _update(
-        self,
-        plan: Plan,
-        round: int,
-        adapter: AdapterState,
-        reservation: Reservation,
-        model: AdaptedModel,
-        names: tuple[str, ...],
-    ) -> tuple[AdapterState, dict[str, float]]:
-        """The round's update and the means of the plan's metrics, both with their noise."""
-        size = self.policy.population_of(plan).public_size
-        mechanism = mechanism_for(plan.privacy, reservation.phase, size, reservation.secret)
-        update = train_round(
-            model,
-            self._examples(plan, model),
-            adapter,
-            plan.phase_of(round),
-            names,
-            mechanism,
-            reservation.secret,
-            self._rows(plan),
-            plan.privacy.max_examples_per_unit,
-        )
-        return update, mechanism.means()
 
     def _examples(self, plan: Plan, model: AdaptedModel) -> Examples:
         """The plan's data; none at all where they cannot be read, since a missing release would tell of that."""

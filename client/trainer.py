@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from client import noised_gradient
@@ -52,20 +53,31 @@ def train_round(
     model.load(received)
     cut = model.cut_for(names, received)
     with torch.random.fork_rng():
-        optimizer = _optimizer(model, phase, names)
-        for moving, steps in groupby(range(phase.steps), lambda step: _moving(model, phase, names, step)):
-            with model.training(moving) as parameters, mechanism.attach(model.peft, parameters, optimizer):
+        with model.training(names) as parameters:
+            optimizer = optimizer_for(phase, parameters)
+        for moved, steps in groupby(range(phase.steps), lambda step: moving(model, phase, names, step)):
+            with model.training(moved) as parameters, mechanism.attach(model.peft, parameters, optimizer):
                 for step in steps:
                     torch.manual_seed(secret.torch_seed("dropout", step))
-                    units = mechanism.sample(examples.unit_count, step)
-                    chosen = examples_of(examples.units, units, most, secret, step)
+                    chosen = drawn(examples, mechanism, most, secret, step)
                     for batch in examples.batches(chosen, rows, model, cut):
                         _accumulate(model, mechanism, examples, batch, rows, cut)
                     mechanism.step(step)
                     step_done()
-    trained = model.state(names)
+    return update_of(model.state(names), received)
+
+
+def drawn(
+    examples: Examples, mechanism: PrivacyMechanism, most: int, secret: RoundSecret, step: int
+) -> npt.NDArray[np.int64]:
+    """The examples of a step: at most ``most`` of each unit that the mechanism has sampled."""
+    return examples_of(examples.units, mechanism.sample(examples.unit_count, step), most, secret, step)
+
+
+def update_of(trained: AdapterState, received: Tensors) -> AdapterState:
+    """θ_local − θ_received of the trained tensors."""
     with np.errstate(over="ignore", invalid="ignore"):  # of a hostile adapter; the egress gate sends zeros then
-        return {name: trained[name] - np.asarray(received[name]) for name in names}
+        return {name: array - np.asarray(received[name]) for name, array in trained.items()}
 
 
 def _accumulate(
@@ -76,7 +88,7 @@ def _accumulate(
     The shape stays the same, so the other units' gradients are the same either way. Whatever kind of error it is:
     which units are there must not decide whether a release comes.
     """
-    forward = _Forward(model, batch, cut, mechanism.metrics)
+    forward = Forward(model, batch, cut, mechanism.metrics)
     try:
         mechanism.accumulate(forward.losses, batch.slots(), forward.measured if mechanism.metrics else None)
     except ConsiliumError:  # the phase or the model cannot be trained at all, with any example
@@ -93,7 +105,7 @@ def _accumulate(
                 _accumulate(model, mechanism, examples, alone, rows, cut)
 
 
-class _Forward:
+class Forward:
     """One forward pass over a physical batch, and what it shows beside the loss."""
 
     def __init__(self, model: AdaptedModel, batch: Batch, cut: Cut, metrics: Sequence[str]) -> None:
@@ -103,7 +115,7 @@ class _Forward:
         """Weighted loss of each row [B]."""
         task, batch = self.model.task, self.batch
         logits = self.model.top(batch.inputs, batch.mask, self.cut)
-        losses = _losses(task, batch, logits)
+        losses = weighted_losses(task, batch, logits)
         if self.metrics:
             outcomes = task.outcomes(self.model.network)
             self._rows = row_metrics(self.metrics, task, batch, logits, losses, outcomes)
@@ -114,22 +126,25 @@ class _Forward:
         return self._rows
 
 
-def _losses(task: Task, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
+def weighted_losses(task: Task, batch: Batch, logits: torch.Tensor) -> torch.Tensor:
     """Weighted loss of each row [B]; exactly zero where the row's weight is zero."""
     losses = task.per_example_loss(logits, batch.targets)
     return torch.where(batch.weights > 0, losses * batch.weights, torch.zeros_like(losses))
 
 
-def _moving(model: AdaptedModel, phase: PhaseSection, names: Iterable[str], step: int) -> tuple[str, ...]:
+def moving(model: AdaptedModel, phase: PhaseSection, names: Iterable[str], step: int) -> tuple[str, ...]:
     """Those of the trained tensors that a step, from 0, moves."""
     rule = LOCAL_RULES[phase.algorithm]
     return tuple(name for name in names if rule.moves(model.group_of(name), step + 1))
 
 
-def _optimizer(model: AdaptedModel, phase: PhaseSection, names: Iterable[str]) -> torch.optim.Optimizer:
-    """One for the whole round; it leaves alone what has no gradient in a step."""
-    with model.training(names) as parameters:
-        optimizer = _fresh(phase, parameters.values())
+def optimizer_for(phase: PhaseSection, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """One for the whole round; it leaves alone what has no gradient in a step.
+
+    Args:
+        parameters: all that the round trains, by canonical name, with the values that were received.
+    """
+    optimizer = _fresh(phase, parameters.values())
     noised_gradient.prepare(optimizer, phase, parameters)
     return optimizer
 

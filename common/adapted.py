@@ -6,9 +6,11 @@ trainer and evaluator goes through these two, so a cached and an uncached run ex
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -54,6 +56,8 @@ class AdaptedModel:
 
     def __init__(self, base: BaseModel, task: Task, lora: LoraSection) -> None:
         self.base, self.task, self.lora = base, task, lora
+        self.original = self
+        """The model that this one is a replica of."""
         self.network = base.network
         self._encoder = base.encoder
         self._targets = target_modules(self._encoder, lora)
@@ -66,6 +70,15 @@ class AdaptedModel:
         self._parameters = self._canonical_parameters()
         self.spec = AdapterSpec.of(base.digest, {name: tuple(p.shape) for name, p in self._parameters.items()})
         self._tops: dict[int, nn.Module | None] = {}
+
+    def replica(self) -> AdaptedModel:
+        """Another model for another thread: it shares the frozen weights, and has an adapter of its own."""
+        own = {id(parameter) for parameter in self._parameters.values()}
+        frozen = [one for one in (*self.peft.parameters(), *self.peft.buffers()) if id(one) not in own]
+        shared = [*frozen, self.task, self.base.tokenizer, self.base.placement]
+        twin = copy.deepcopy(self, {id(one): one for one in shared})
+        twin.original = self.original
+        return twin
 
     # ---- layout -----------------------------------------------------------------------------------------------
 
@@ -258,9 +271,8 @@ class AdaptedModel:
         for parameter in self._parameters.values():
             parameter.requires_grad_(id(parameter) in wanted)
         checkpointing = checkpointed(self._recomputed_layers(chosen))
-        for name, module in self.peft.named_modules():
-            own = any(id(parameter) in wanted for parameter in module.parameters(recurse=False))
-            if own or (".lora_dropout." in name and isinstance(module, nn.Dropout)):
+        for module, parameters in self._adapter_modules:
+            if not parameters or any(id(parameter) in wanted for parameter in parameters):
                 module.train()
                 touched.append(module)
         try:
@@ -272,6 +284,17 @@ class AdaptedModel:
             for parameter in self._parameters.values():
                 parameter.requires_grad_(False)
                 parameter.grad = None
+
+    @cached_property
+    def _adapter_modules(self) -> list[tuple[nn.Module, tuple[nn.Parameter, ...]]]:
+        """The adapter's own leaf modules with their parameters, of which dropout has none."""
+        own = {id(parameter) for parameter in self._parameters.values()}
+        found = []
+        for name, module in self.peft.named_modules():
+            parameters = tuple(one for one in module.parameters(recurse=False) if id(one) in own)
+            if parameters or (".lora_dropout." in name and isinstance(module, nn.Dropout)):
+                found.append((module, parameters))
+        return found
 
     def _recomputed_layers(self, names: Iterable[str]) -> list[nn.Module]:
         """The layers from the lowest trained one up, if their activations are to be recomputed in the backward pass."""

@@ -25,6 +25,7 @@ from common.data.units import count_units
 from common.prefix_files import PrefixCache
 from common.prefixes import CACHE_LIMIT, Layout, Prefixes, prefix_by_row
 from common.tasks.base import Encoded, Task
+from common.tokenised import Tokenised
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class Examples:
     """Encoded rows of one split; a row that cannot be learnt from stays as a void example that contributes zero.
 
     Args:
+        encoded: the rows, as objects or as a part of a memory-mapped file.
         units: [n] number of each example's privacy unit (:func:`common.data.units.units_of`); ``None``: each example is
             a unit of its own.
         cache_limit: bytes of frozen hidden states that are kept.
@@ -84,15 +86,19 @@ class Examples:
         cache_folder: Path | None = None,
     ) -> None:
         self.task, self.units = task, units
-        self.encoded = list(encoded)
+        self.encoded: Sequence[Encoded | None] = encoded if isinstance(encoded, Tokenised) else list(encoded)
         self._kept = PrefixCache(cache_limit, cache_folder)
-        lengths = np.array([1 if item is None else max(1, len(item.ids)) for item in self.encoded], np.int64)
+        lengths = np.maximum(1, self._lengths)
         buckets = np.array(BUCKETS)[np.searchsorted(BUCKETS, lengths)] if len(lengths) else lengths
         self.bucket = np.minimum(buckets, task.settings.max_length)  # a model may have no positions beyond it
         self._cache: dict[tuple[str, torch.dtype, int, Cut], Prefixes] = {}
 
     def __len__(self) -> int:
         return len(self.encoded)
+
+    def keep_in(self, folder: Path) -> None:
+        """Frozen activations that are computed from now on are kept in a folder, and found there if they were."""
+        self._kept = PrefixCache(self._kept.limit, folder)
 
     @property
     def unit_count(self) -> int:
@@ -240,6 +246,8 @@ class Examples:
     @cached_property
     def _lengths(self) -> npt.NDArray[np.int64]:
         """Tokens of each example; none where it is void."""
+        if isinstance(self.encoded, Tokenised):
+            return self.encoded.lengths
         return np.array([0 if item is None else len(item.ids) for item in self.encoded], np.int64)
 
     @cached_property

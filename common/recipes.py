@@ -16,6 +16,7 @@ def _head(epsilon: float) -> PhaseSection:
         clip_norm=0.25,
         server_momentum=0.8,
         server_noise=0.06,
+        server_refinement=True,
         budget_share=0.92,
     )
 

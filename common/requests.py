@@ -73,15 +73,16 @@ def kept_after(plan: Plan, model: AdaptedModel, round: int) -> frozenset[str]:
 
 
 def start_of(plan: Plan, model: AdaptedModel, spec: AdapterSpec) -> AdapterState:
-    """The adapter before round 1, from public information only. Made once for each model; not to be written to.
+    """The adapter before round 1, from public information only. Made once for a model and its replicas; not to be
+    written to.
 
     Args:
         spec: of a rank up to the model's; a smaller adapter starts with the first rows of A.
     """
-    key = (plan.seed, starts_orthonormal(plan.phases))
-    if _starts.get(model, (None, {}))[0] != key:
-        _starts[model] = (key, model.initial_state(*key))
-    whole = _starts[model][1]
+    key, original = (plan.seed, starts_orthonormal(plan.phases)), model.original
+    if _starts.get(original, (None, {}))[0] != key:
+        _starts[original] = (key, model.initial_state(*key))
+    whole = _starts[original][1]
     return {name: np.ascontiguousarray(whole[name][tuple(map(slice, shape))]) for name, shape in spec.shapes}
 
 

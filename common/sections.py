@@ -6,7 +6,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from common.algorithms import LOCAL_RULES
 from common.errors import did_you_mean
@@ -64,8 +64,8 @@ class TaskSection(Section):
     feature_levels: Count = 3
     """Levels of hidden states that the map joins, counted from the top."""
     feature_rank: Count | None = None
-    """Coordinates that the map keeps, at most the width of the model. Empty: 96 under DP, where each pays in noise, and
-    192 without."""
+    """Coordinates that the map keeps, at most the width of the model. Empty: 128 under DP, where each pays in noise,
+    and 192 without."""
     head_init: Literal["label-names", "zero"] = "label-names"
     """How the classification head starts: from the embeddings of the label names (public text), or at zero."""
     head_scale: Positive | None = None
@@ -99,12 +99,41 @@ class DataSection(Section):
     """Simulation: a folder with train/validation/test files (csv, jsonl, parquet), one file, or a hub data set id."""
     columns: dict[str, str] = Field(default_factory=dict)
     """The task's fields → column names, e.g. ``{text = "note", label = "class"}``. Default: the field's own name."""
-    site_column: str | None = None
-    """Simulation: the column whose value names the site (the natural partition)."""
+    site_column: Annotated[str | None, BeforeValidator(lambda value: None if value == "" else value)] = None
+    """Simulation: the column whose value names the site (the natural partition). Empty: none."""
     privacy_unit: str | None = None
     """Simulation: the column that names each row's privacy unit, e.g. ``patient_id``. Empty: each row is one."""
     sites: Count | None = None
-    """Simulation: without ``site_column``, deal the rows out to so many sites (IID, seeded by ``run.seed``)."""
+    """Simulation: without ``site_column``, split the rows into so many sites as ``partition`` says (seeded by
+    ``run.seed``)."""
+    partition: Literal["iid", "dirichlet", "pathological", "linear", "square", "exponential"] = "iid"
+    """Simulation: how the rows are split into ``sites``. ``iid``: dealt out at random, in equal parts. ``dirichlet``:
+    each label's rows are shared out in proportions drawn from a Dirichlet distribution (``alpha``). ``pathological``:
+    each site has rows of ``classes_per_site`` labels only. ``linear``, ``square``, ``exponential``: at random, in parts
+    that grow as k, k² or eᵏ. All rows of a privacy unit go to one site; its label is its most frequent one."""
+    alpha: Positive | None = None
+    """``dirichlet``: concentration of the proportions. Small: nearly each label at a site of its own; large: IID."""
+    classes_per_site: Count | None = None
+    """``pathological``: how many different labels each site has."""
+    min_size: Count = 1
+    """Privacy units that each of the ``sites`` must get at least; a draw that gives less is drawn again."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DataSection:
+        if self.site_column is not None and (self.sites is not None or self.partition != "iid" or self.min_size > 1):
+            raise ValueError(
+                f"site_column = '{self.site_column}': says which rows belong to which site; leave it out, or leave out "
+                "sites, partition and min_size"
+            )
+        if self.sites is None and (self.partition != "iid" or self.min_size > 1):
+            raise ValueError(f"sites: is missing; partition = '{self.partition}' needs the number of sites")
+        for field, partition in (("alpha", "dirichlet"), ("classes_per_site", "pathological")):
+            value = getattr(self, field)
+            if value is None and self.partition == partition:
+                raise ValueError(f"{field}: is missing; partition = '{partition}' needs it")
+            if value is not None and self.partition != partition:
+                raise ValueError(f"{field} = {value}: belongs to partition = '{partition}'; set that, or leave it out")
+        return self
 
 
 class LoraSection(Section):
@@ -212,6 +241,9 @@ class PhaseSection(Section):
     server_noise: Positive | None = None
     """Shorten the server's step where the noise that a round adds to each number would have a larger deviation than
     this (post-processing: free under DP). Empty: never."""
+    server_refinement: bool = False
+    """Bring the head closer to what the server's own texts, without their labels, look like, the more of it is noise
+    (post-processing: free under DP). For a phase that trains the head alone, with ``server_optimizer = "sgd"``."""
     server_momentum: float = Field(default=0.0, ge=0, lt=1)
     """Momentum of the combined update at the server; β₁ of ``adam`` and ``yogi``."""
     server_second_moment: float = Field(default=0.99, ge=0, lt=1)
@@ -231,6 +263,13 @@ class PhaseSection(Section):
             raise ValueError(f"algorithm = '{self.algorithm}': is unknown{known}")
         if not self.train or len(set(self.train)) != len(self.train):
             raise ValueError("train: must list 'head', 'lora' or both, each once")
+        if self.server_refinement and (
+            self.train != ("head",) or self.server_optimizer != "sgd" or self.server_average
+        ):
+            raise ValueError(
+                "server_refinement: needs train = ['head'], server_optimizer = 'sgd' and no server_average; "
+                "without them the noise in the head is not known"
+            )
         return self
 
 
@@ -281,6 +320,11 @@ class EvaluationSection(Section):
     """As ``data.columns``; empty: the same."""
     metric: str = ""
     """Metric that selects the best round. Empty: the task's own."""
+    selection: Literal["auto", "best", "one-standard-error"] = "auto"
+    """Which round's adapter is kept. ``best``: the one with the best metric. ``one-standard-error``: the latest whose
+    accuracy is at most one standard error below the best (Breiman et al. 1984), so that a lucky draw of the noise does
+    not win against later rounds that have learnt more; only with ``metric = "accuracy"``. ``auto``: that one under DP
+    where the metric allows it, else ``best``."""
     patience: Count | None = None
     """Stop a phase's remaining rounds after so many rounds without a better metric. Spent ε is not refunded."""
     generate: int = Field(default=8, ge=0)
@@ -301,11 +345,40 @@ class SimulationSection(Section):
     plan's. A rank below ``lora.r`` needs an algorithm that lets sites choose theirs (``flexlora``)."""
     physical_batch: Count = 8
     """Rows of one forward and backward pass."""
+    sites_per_pass: Count = 1
+    """Sites that train in lock-step, so that rows of several of them fill each forward pass of the base model, each row
+    with its own site's adapter. Every site gets the update that it would get alone, but for rounding; so the last bits
+    depend on which sites were trained together."""
     device: str = "auto"
     """``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: bfloat16 autocast on a GPU that has it, else float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    workers: Count | None = None
+    """In-process: sites trained at the same time, each on one thread of torch, with a replica of the model that shares
+    the base's weights. The result does not depend on how many. Empty: one after the other, with all of torch's
+    threads."""
+    cache: Path | None = None
+    """Folder in which the tokenised texts and frozen activations are kept for the next run: it then holds data. Empty:
+    nothing of them outlives the run."""
     compare: bool = False
     """Also train each site alone at the same ε, and the federation without privacy, and show them side by side."""
+    engine: Literal["in-process", "ray"] = "in-process"
+    """Where the sites are worked on: in this process, or in actors of a Ray cluster (``pip install 'consilium[ray]'``).
+    The result is the same."""
+    ray_address: Annotated[str, Field(pattern=r"^(auto|[^\s/]+:\d{1,5})$")] | None = None
+    """Ray: host:port of the cluster's head, as ``ray start --head`` prints it, or ``auto``: the one that runs on this
+    machine. Empty: one of its own, on this machine, as long as the run lasts."""
+    actors: Count | None = None
+    """Ray: how many actors share the sites; each holds a base model of its own. Empty: as many as there is room for."""
+    cpus_per_actor: Positive = 1.0
+    """Ray: cores of each actor, and so threads of its arithmetic; a part of one is one thread."""
+    gpus_per_actor: float = Field(default=0.0, ge=0)
+    """Ray: GPUs of each actor; a fraction lets several actors share one."""
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> SimulationSection:
+        if self.engine == "ray" and (self.workers is not None or self.sites_per_pass > 1):
+            raise ValueError("engine = 'ray': actors share the sites; leave out workers and sites_per_pass")
+        return self

@@ -32,10 +32,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is not valid TOML: {error}") from None
 
 
-def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """The tables with ``section.key=value`` settings put in; values are TOML, or plain text where that fails.
 
     ``phase.0.rounds=3`` and ``phase.head.rounds=3`` address a phase by index or by name.
+
+    Args:
+        option: of the command line, from which the overrides are; for messages.
 
     Raises:
         ConfigError: an override has no ``=`` or addresses what is not a table.
@@ -46,10 +49,10 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict
         name, equals, text = override.partition("=")
         keys = name.strip().split(".")
         if not equals or not all(keys) or (len(keys) < 2 and keys != ["phase"]):
-            problems.append(f"--set {override}: expected section.key=value, e.g. --set privacy.epsilon=3")
+            problems.append(f"{option} {override}: expected section.key=value, e.g. {option} privacy.epsilon=3")
             continue
         if not _put(result, keys, _toml_value(text.strip())):
-            problems.append(f"--set {override}: '{name}' does not address a setting")
+            problems.append(f"{option} {override}: '{name}' does not address a setting")
     if problems:
         raise ConfigError(problems)
     return result

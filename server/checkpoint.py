@@ -9,6 +9,7 @@
     DIR/rounds/N/           the cohort, each admitted reply, the admitted set of round N while it is open
     DIR/checkpoint/N/       state after round N (safetensors + JSON); LATEST names the current one
     DIR/adapter/            the best adapter, plain PEFT
+    DIR/answers.json        which held-out rows the best adapter answers rightly, for a task where an answer can be
     DIR/summary.json        the result
     DIR/error.json          why a deployment's coordinator stopped
     DIR/waiting.txt         what the run waits for before its first round, while it does
@@ -39,8 +40,11 @@ SCHEMA_VERSION = 1
 Arrays = Mapping[str, npt.NDArray[Any]]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
     """The file has either its old or its new content, whatever happens, and the new one is on disk on return.
+
+    Args:
+        durable: ``False``: written, but not forced to the disk. A power cut may take it; the end of a process may not.
 
     Raises:
         OutputError: the file system does not allow it, or is full.
@@ -51,17 +55,23 @@ def write_atomically(path: Path, content: bytes) -> None:
         with temporary.open("wb") as stream:
             stream.write(content)
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        if durable:
+            _sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
         raise OutputError(f"output {path}: cannot be written ({error.strerror}); free space or mend access") from None
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def to_json(value: Any) -> bytes:
@@ -98,17 +108,21 @@ class Checkpoint:
 class RunFolder:
     """A run's folder, new or resumed.
 
+    Args:
+        durable: ``False`` in simulations: what the open round receives is written, but not forced to the disk. The
+            sites would send it again. Checkpoints always are.
+
     Raises:
         OutputError: it already holds another run, or nothing to resume.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, durable: bool = True) -> None:
+        self.path, self.durable = path, durable
 
     @classmethod
-    def create(cls, path: Path, run_toml: str, manifest: Mapping[str, Any]) -> RunFolder:
+    def create(cls, path: Path, run_toml: str, manifest: Mapping[str, Any], durable: bool = True) -> RunFolder:
         """A new run's folder."""
-        folder = cls(path)
+        folder = cls(path, durable)
         folder.refuse_other_run()
         write_atomically(path / "manifest.json", to_json(manifest))
         write_atomically(path / "run.toml", run_toml.encode())
@@ -152,13 +166,37 @@ class RunFolder:
         write_atomically(self.path / "sites.json", to_json(dict(sorted(sites.items()))))
 
     def heads(self) -> dict[str, str]:
-        """What :meth:`store_heads` stored."""
-        file = self.path / "heads.json"
-        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        """The newest head that :meth:`add_head` stored of each site. A line that a crash left unfinished is ignored."""
+        file, heads = self.path / "heads.jsonl", {}
+        for line in file.read_bytes().splitlines() if file.is_file() else []:
+            with suppress(ValueError):
+                site, head = json.loads(line)
+                heads[site] = head
+        return heads
 
-    def store_heads(self, heads: Mapping[str, str]) -> None:
-        """The newest signed head of each site's audit log, to be shown to the site again after a resumption."""
-        write_atomically(self.path / "heads.json", to_json(dict(sorted(heads.items()))))
+    def add_head(self, site: str, head: str) -> None:
+        """A signed head of a site's audit log, to be shown to the site again after a resumption. One line more, so that
+        its cost does not grow with the number of sites.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        file = self.path / "heads.jsonl"
+        try:
+            new = not file.exists()
+            with file.open("a+b") as stream:
+                if (end := stream.seek(0, os.SEEK_END)) and os.pread(stream.fileno(), 1, end - 1) != b"\n":
+                    stream.write(b"\n")  # ends what a crash has left unfinished
+                stream.write(json.dumps([site, head]).encode() + b"\n")
+                stream.flush()
+                if self.durable:
+                    os.fsync(stream.fileno())
+            if new and self.durable:
+                _sync_folder(self.path)
+        except OSError as error:
+            raise OutputError(
+                f"output {file}: cannot be written ({error.strerror}); free space or mend access"
+            ) from None
 
     def waiting(self) -> str:
         """What the run waits for, in words; empty if for nothing."""
@@ -192,7 +230,7 @@ class RunFolder:
         content = save(
             {name: np.ascontiguousarray(array) for name, array in update.items()}, {"request": request_digest}
         )
-        write_atomically(self.round_folder(round) / f"{site}.safetensors", content)
+        write_atomically(self.round_folder(round) / f"{site}.safetensors", content, self.durable)
 
     def reply(self, round: int, site: str) -> SpilledReply:
         """A spilled reply, whose tensors are read when they are asked for.

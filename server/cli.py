@@ -1,4 +1,4 @@
-"""``consilium server run`` and ``consilium predict``."""
+"""``consilium server run``, ``consilium report`` and ``consilium predict``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,19 @@ Examples:
   consilium server run --config run.toml --set server.superlink=flower.example.org:443 --out runs/first
 
   consilium server run --resume runs/first
+"""
+
+REPORT_HELP = """Write one HTML page about a run: quality, privacy, participation, cost, settings.
+
+The page needs no network and can be printed or mailed as it is. It works for unfinished and failed runs too.
+
+Examples:
+
+  consilium report runs/first
+
+  consilium report runs/first --out first.html
+
+  consilium report runs/first --json | jq .scores
 """
 
 PREDICT_HELP = """Apply a finished run's adapter to a file.
@@ -82,6 +95,7 @@ def run_command(
         shown = "  ".join(f"{name} {value:.4f}" for name, value in summary["test"].items() if name != "examples")
         console.print(f"test: {shown}")
     console.print(f"adapter: {summary['adapter']}", soft_wrap=True)
+    console.print(f"page: consilium report {Path(summary['adapter']).parent}", soft_wrap=True, highlight=False)
 
 
 KEYGEN_HELP = """Make the key that signs this coordinator's plans, and print its public half for the sites.
@@ -100,6 +114,26 @@ def keygen_command(path: Annotated[Path, typer.Argument(metavar="FILE", help="Ne
     public = SigningKey.create(path).public
     print(f"{path} holds the private key: show it to nobody, and name it in server.signing_key", file=sys.stderr)
     print(public)
+
+
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The page's file. [default: DIR/report.html]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the content as JSON instead of writing.")] = False,
+) -> None:
+    """Writes the page and prints where it is."""
+    from server.report_page.page import content_of_folder, write_page
+
+    content = content_of_folder(folder)
+    if as_json:
+        from server.checkpoint import to_json
+        from server.report_page.content import as_object
+
+        sys.stdout.write(to_json(as_object(content)).decode())
+        return
+    page = out or folder / "report.html"
+    write_page(content, page)
+    print(page)
 
 
 def predict_command(

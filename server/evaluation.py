@@ -5,24 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import isnan
-from typing import Any
+from math import isnan, sqrt
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from common.adapted import AdaptedModel
 from common.data.load import encode_all, load_rows
 from common.data.read import Rows, has_split, is_file
 from common.data.split import count, select
-from common.errors import ConfigError, did_you_mean
+from common.errors import ConfigError, DataError, did_you_mean
 from common.examples import Examples
 from common.messages import Tensors
-from common.tasks.base import Generates
+from common.tasks.base import Generates, Scores
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 ROWS = 32
 """Rows of a physical batch in evaluation."""
+MOST_SITES = 1000
+"""With more sites in a split its metrics are not given by site: each takes a millisecond or two."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class HeldOut:
 
     examples: Examples
     rows: Rows
+    sites: tuple[str, ...] = ()
+    """Which site each row is like, as the site column names it, or empty; no entries where there is no such column."""
 
     def digest(self) -> str:
         """SHA-256 of the rows' contents."""
@@ -44,19 +48,27 @@ def held_out(
     columns: Mapping[str, str],
     limit: int | None,
     unit_column: str | None = None,
+    site_column: str | None = None,
 ) -> HeldOut:
     """Reads and encodes one split.
 
     Args:
         unit_column: of a single file that is also learnt from: the privacy unit, all of whose rows are in one split.
+        site_column: which site each row is like. A split without this column is evaluated as a whole.
 
     Raises:
         DataError: missing, empty, or with rows that cannot be evaluated.
     """
-    rows = load_rows(source, split, model.task, columns, unit_column=unit_column).rows
+    try:
+        loaded = load_rows(source, split, model.task, columns, site_column, unit_column)
+    except DataError:
+        if site_column is None:
+            raise
+        loaded = load_rows(source, split, model.task, columns, unit_column=unit_column)
+    rows, sites = loaded.rows, tuple("" if site is None else str(site) for site in loaded.sites)
     if limit is not None and count(rows) > limit:
-        rows = select(rows, range(limit))
-    return HeldOut(encode_all(rows, model.task, model.base.tokenizer, f"{source} ({split})"), rows)
+        rows, sites = select(rows, range(limit)), sites[:limit]
+    return HeldOut(encode_all(rows, model.task, model.base.tokenizer, f"{source} ({split})"), rows, sites)
 
 
 def test_exists(source: str, split: str | None) -> bool:
@@ -93,22 +105,60 @@ class Evaluator:
             advance: called with the number of examples just scored.
         """
         data = self.splits[split]
-        self.model.load(adapter)
-        cut = self.model.cut_for(
-            (name for name in self.model.spec.names if self.model.group_of(name) == "head"), adapter
-        )
-        parts: list[dict[str, Any]] = []
-        with torch.no_grad():
-            for batch in data.examples.batches(np.arange(len(data.examples)), ROWS, self.model, cut):
-                logits = self.model.top(batch.inputs, batch.mask, cut)[: len(batch.indices)]
-                parts.append(self.model.task.score(logits, batch.targets[: len(batch.indices)]))
-                advance(len(batch.indices))
-        scores = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-        metrics = self.model.task.metrics(scores)
+        metrics = self.model.task.metrics(self._scores(adapter, split, advance))
         if self.generate and isinstance(self.model.task, Generates):
             rows = select(data.rows, range(min(self.generate, count(data.rows))))
             metrics |= self.model.task.generated_metrics(self.model.network, self.model.base.tokenizer, rows)
         return {**metrics, "examples": float(len(data.examples))}
+
+    def by_site(self, adapter: Tensors, split: str) -> dict[str, dict[str, float]]:
+        """The metrics of the rows that are like each site's, ``examples`` (their number) among them.
+
+        Returns:
+            site → metrics, in name order; empty where the split has no site column, or of too many sites. Rows that
+            name no site are left out.
+        """
+        sites = np.array(self.splits[split].sites)
+        names = [str(name) for name in np.unique(sites) if name]
+        if not names or len(names) > MOST_SITES:
+            return {}
+        scores = self._scores(adapter, split)
+        found = {}
+        for name in names:
+            own = {key: values[sites == name] for key, values in scores.items()}
+            found[name] = {**self.model.task.metrics(own), "examples": float((sites == name).sum())}
+        return found
+
+    def right(self, adapter: Tensors, split: str) -> list[bool] | None:
+        """Whether each row is answered rightly, in the split's order; ``None`` where no answer is right or wrong."""
+        scores = self._scores(adapter, split)
+        if not {"predicted", "label"} <= scores.keys():
+            return None
+        return [bool(right) for right in scores["predicted"] == scores["label"]]
+
+    def _scores(self, adapter: Tensors, split: str, advance: Callable[[int], None] = lambda examples: None) -> Scores:
+        """What the metrics are computed from, row by row in the order of the split."""
+        data = self.splits[split]
+        self.model.load(adapter)
+        cut = self.model.cut_for(
+            (name for name in self.model.spec.names if self.model.group_of(name) == "head"), adapter
+        )
+        parts: list[Scores] = []
+        order: list[npt.NDArray[np.int64]] = []
+        with torch.no_grad():
+            for batch in data.examples.batches(np.arange(len(data.examples)), ROWS, self.model, cut):
+                logits = self.model.top(batch.inputs, batch.mask, cut)[: len(batch.indices)]
+                parts.append(self.model.task.score(logits, batch.targets[: len(batch.indices)]))
+                order.append(batch.indices)
+                advance(len(batch.indices))
+        row = np.argsort(np.concatenate(order))
+        return {key: np.concatenate([part[key] for part in parts])[row] for key in parts[0]}
+
+    def standard_error(self, metrics: Mapping[str, float]) -> float | None:
+        """Of an accuracy p on n examples, √(p(1 - p)/n); ``None`` where the metric is no proportion."""
+        if self.metric != "accuracy":
+            return None
+        return sqrt(max(0.0, metrics[self.metric] * (1 - metrics[self.metric]) / metrics["examples"]))
 
     def better(self, new: float, best: float | None) -> bool:
         """Whether a metric's value beats the best so far. NaN never does, and anything else beats NaN."""

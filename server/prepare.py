@@ -42,7 +42,7 @@ def resident_model(config: RunConfig) -> AdaptedModel:
 def with_feature_map(config: RunConfig, base: BaseModel) -> TaskSection:
     """The task's settings with ``feature_map = "auto"`` and an empty ``feature_rank`` decided."""
     settings, task = config.task, task_of(config.task)
-    rank = settings.feature_rank or (192 if config.privacy.mechanism == "none" else 96)
+    rank = settings.feature_rank or (192 if config.privacy.mechanism == "none" else 128)
     decided = settings.feature_map
     if decided == "auto":
         layers = len(layer_stack(base.encoder) or ())
@@ -88,9 +88,10 @@ def splits(config: RunConfig, model: AdaptedModel) -> dict[str, HeldOut]:
         raise ConfigError("evaluation.path: is missing; give the folder of the server's own held-out data")
     columns: Mapping[str, str] = config.data.columns if evaluation.columns is None else evaluation.columns
     unit = config.data.privacy_unit if evaluation.path is None and is_file(source) else None
-    found = {VALIDATION: held_out(model, source, evaluation.validation, columns, evaluation.limit, unit)}
+    site = config.data.site_column
+    found = {VALIDATION: held_out(model, source, evaluation.validation, columns, evaluation.limit, unit, site)}
     if evaluation.test and test_exists(source, evaluation.test):
-        found[TEST] = held_out(model, source, evaluation.test, columns, evaluation.limit, unit)
+        found[TEST] = held_out(model, source, evaluation.test, columns, evaluation.limit, unit, site)
     return found
 
 

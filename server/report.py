@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from common.code import code_digest
 from common.messages import SiteDescription
 from common.sections import LoraSection
 from server.checkpoint import SCHEMA_VERSION, RunFolder, to_json, write_atomically
-from server.prepare import Prepared
-from server.rounds import Result
+from server.prepare import TEST, Prepared
+from server.rounds import VALIDATION, Result
 
 PACKAGES = ("consilium", "torch", "transformers", "peft", "opacus", "flwr", "numpy", "safetensors")
 
@@ -26,6 +27,9 @@ def manifest(prepared: Prepared, run_id: str, kind: str) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
         "kind": kind,
+        "started": _now(),
+        "metric": prepared.evaluator.metric,
+        "higher_is_better": prepared.evaluator.higher_is_better,
         "plan_digest": prepared.plan.digest(),
         "model": prepared.config.model.name,
         "model_digest": prepared.model.base.digest,
@@ -52,6 +56,7 @@ def summary(
         "schema_version": SCHEMA_VERSION,
         "run_id": run_id,
         "status": "completed",
+        "finished": _now(),
         "privacy": prepared.config.privacy.mechanism,
         "metric": prepared.evaluator.metric,
         "best_round": result.best_round,
@@ -88,20 +93,37 @@ def finish(
     test: Mapping[str, float] | None,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Writes adapter, TensorBoard events and summary; returns the summary.
+    """Writes adapter, TensorBoard events, answers and summary; returns the summary.
 
     Args:
         test: metrics on the test split, which is looked at once.
         more: further entries of the summary.
     """
     adapter = folder.path / "adapter"
-    content = {**summary(prepared, run_id, result, test, adapter), **(more or {})}
+    content = {**summary(prepared, run_id, result, test, adapter), **by_site(prepared, result), **(more or {})}
     statements = {site: entry["privacy"] for site, entry in content["sites"].items()}
     lora = prepared.config.lora.at_rank(rank_of(result.adapter) or prepared.config.lora.r)
     save_adapter(adapter, result.adapter, prepared.model.peft_config(lora), card(prepared, run_id, lora, statements))
     write_events(folder.path / "tensorboard", result.history)
+    right = prepared.evaluator.right(result.adapter, split := final_split(prepared))
+    if right is not None:
+        write_atomically(folder.path / "answers.json", to_json({"split": split, "right": right}))
     write_atomically(folder.path / "summary.json", to_json(content))
     return content
+
+
+def final_split(prepared: Prepared) -> str:
+    """The split that the finished adapter is judged on: the test split where there is one."""
+    return TEST if TEST in prepared.evaluator.splits else VALIDATION
+
+
+def by_site(prepared: Prepared, result: Result) -> dict[str, Any]:
+    """``by_site``: base and best adapter on the server's held-out rows that are like each site's; nothing where no
+    column of theirs names a site. Nothing is chosen by it."""
+    evaluator, split = prepared.evaluator, final_split(prepared)
+    base, best = (evaluator.by_site(adapter, split) for adapter in (prepared.initial, result.adapter))
+    sites = {site: {"base": base[site], "best": best[site]} for site in best}
+    return {"by_site": {"split": split, "sites": sites}} if sites else {}
 
 
 def card(prepared: Prepared, run_id: str, lora: LoraSection, statements: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,6 +160,10 @@ def write_events(folder: Path, history: tuple[dict[str, Any], ...]) -> None:
             for key in ("bytes_up", "bytes_down"):
                 if key in record:
                     writer.add_scalar(f"wire/{key}", record[key], record["round"])
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _version(package: str) -> str:

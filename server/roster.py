@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -73,6 +73,41 @@ class Roster:
         self._heard: set[int] = set()
         self._refused: set[int] = set()
         self._looked = -LOOK_SECONDS
+        self._when_sampled = False
+        self._entries: dict[str, tuple[SiteDescription, dict[str, Any]]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The sites that a cohort may be drawn from."""
+        return sorted(self._nodes.values()) if self._when_sampled else list(self.participants)
+
+    def trust(self, minimum: int) -> None:
+        """Takes every registered node for a site that will be ready: in a simulation, where each is asked only when it
+        is sampled first (:meth:`meet`), so that a run's start does not grow with sites that never are.
+
+        Raises:
+            RunFailed: there are fewer.
+        """
+        self._nodes, self._when_sampled = self.mailbox.nodes(), True
+        if len(self._nodes) < minimum:
+            raise RunFailed(f"server.min_sites = {minimum}: there are only {len(self._nodes)} sites; lower it")
+
+    def meet(self, cohort: Iterable[str]) -> None:
+        """Describes the plan to those of a cohort whom nobody has asked yet. After :meth:`trust`.
+
+        Raises:
+            RunFailed: one of them, that was taken for ready, is not.
+        """
+        nodes = {site: node for node, site in self._nodes.items()}
+        strangers = [site for site in cohort if site not in self.participants and site in nodes]
+        questions = {nodes[site]: self._question_to(nodes[site]) for site in strangers}
+        deadline = time.monotonic() + ANSWER_SECONDS
+        for node, reply in self.mailbox.ask(questions, wire.DESCRIBE_TYPE, deadline):
+            self._file(node, reply)
+        if strangers:
+            self._store()
+        if not self.participants.keys() >= set(strangers):
+            raise RunFailed(f"sites of the round's cohort do not take part ({reasons(self.absent)}); mend the cause")
 
     def gather(self, minimum: int, timeout: float) -> None:
         """Waits until ``minimum`` sites are ready, and a while for the other nodes to say where they stand.
@@ -110,11 +145,13 @@ class Roster:
         Args:
             every: look for new nodes at most so often, in seconds.
         """
+        if self._when_sampled:
+            return
         known = dict(self.described)
         for node, reply in self.mailbox.received(self._questions):
             self._file(node, reply)
         if self.described != known:
-            self.folder.store_sites({site: asdict(one) for site, one in self.described.items()})
+            self._store()
         now = time.monotonic()
         if now - self._looked >= every:
             self._looked = now
@@ -143,7 +180,14 @@ class Roster:
         """Keeps the head that came with a release, durably."""
         if head:
             self.heads[site] = head
-            self.folder.store_heads(self.heads)
+            self.folder.add_head(site, head)
+
+    def _store(self) -> None:
+        """Keeps all descriptions, durably; those that were kept before are not taken apart again."""
+        for site, one in self.described.items():
+            if site not in self._entries or self._entries[site][0] is not one:
+                self._entries[site] = (one, asdict(one))
+        self.folder.store_sites({site: entry for site, (_, entry) in self._entries.items()})
 
     def _all_heard(self) -> bool:
         """Every node that is online has answered, and every site of the run before its resumption is back."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -41,11 +41,13 @@ from server.aggregation.low_rank import leading
 from server.aggregation.registry import aggregator_for
 from server.aggregation.robust import too_few
 from server.checkpoint import Checkpoint, RunFolder
-from server.damping import damped
+from server.damping import damped, deviation
 from server.evaluation import Evaluator
 from server.mailbox import Mailbox
 from server.outbox import Asked, Outbox
+from server.refinement import Refiner
 from server.roster import Roster, reasons
+from server.selection import Selection
 from server.site_metrics import site_metrics
 
 log = logging.getLogger(__name__)
@@ -102,7 +104,7 @@ class Result:
     """A finished run."""
 
     adapter: AdapterState
-    """The best round's."""
+    """The kept round's."""
     best_round: int
     history: tuple[dict[str, Any], ...]
     participants: Mapping[str, SiteDescription]
@@ -119,6 +121,8 @@ class Coordinator:
         model: the server's own resident model, for evaluation.
         key: signs the plan; a site takes it only from a key that it has pinned.
         garbled: see :class:`server.mailbox.Mailbox`.
+        ask_when_sampled: describe the plan to a site when it is sampled first, not to all before round 1. For
+            simulations, whose sites are known to be ready.
     """
 
     def __init__(
@@ -133,13 +137,17 @@ class Coordinator:
         progress: Progress | None = None,
         poll_seconds: float = POLL_SECONDS,
         garbled: tuple[type[Exception], ...] = (),
+        ask_when_sampled: bool = False,
     ) -> None:
+        self.ask_when_sampled = ask_when_sampled
         self.config, self.plan, self.model = config, plan, model
         self.evaluator, self.folder = evaluator, folder
         self.progress: Progress = progress or Silent()
         self.mailbox = Mailbox(grid, plan.run_id, poll_seconds, garbled)
         self.roster = Roster(self.mailbox, plan, key, folder)
         self.outbox = Outbox(plan, model)
+        self.selection = Selection(evaluator, config.evaluation.selection, plan.privacy.mechanism != "none")
+        self.refiner = Refiner(model, evaluator.splits[VALIDATION].examples)
         self.bounds = metric_bounds(plan.privacy.metrics, model.task.outcomes(model.network))
 
     # ---- the run ---------------------------------------------------------------------------------------------------
@@ -156,8 +164,11 @@ class Coordinator:
         else:
             self.folder.tidy(checkpoint)
         if checkpoint.next_round <= self.plan.rounds:
-            self.roster.gather(self.config.server.min_sites, self.config.server.round_timeout)
-            self.progress.sites(self.roster.described)
+            if self.ask_when_sampled:
+                self.roster.trust(self.config.server.min_sites)
+            else:
+                self.roster.gather(self.config.server.min_sites, self.config.server.round_timeout)
+                self.progress.sites(self.roster.described)
         while checkpoint.next_round <= self.plan.rounds:
             self.roster.refresh()
             checkpoint = self._one_round(checkpoint)
@@ -188,8 +199,8 @@ class Coordinator:
         phase = self.plan.phase_of(round)
         aggregator = aggregator_for(phase)
         state = aggregator.load(before.aggregator)
-        if phase.name != before.phase:  # a new phase starts with a fresh state, from the average where there is one
-            state = aggregator.init(_adapter_in(before.aggregator, AVERAGE) or _adapter_in(before.aggregator))
+        if phase.name != before.phase:  # a new phase starts with a fresh state, from what the last one is kept as
+            state = aggregator.init(self._kept(before))
         clock = _Clock()
         outcome = self._exchange(round, _adapter_in(aggregator.save(state)))
         clock.lap("exchange")
@@ -197,12 +208,15 @@ class Coordinator:
         sizes = {site: self.roster.described[site].public_size for site in outcome.cohort}
         weights = sampling.weights(sizes, self.config.server.weights)
         heard = {site: weights[site] for site in outcome.admitted}
-        aggregator = aggregator_for(damped(still_facing(phase, outcome.rejected), self.roster.described, heard))
+        stepping = damped(still_facing(phase, outcome.rejected), self.roster.described, heard)
+        aggregator = aggregator_for(stepping)
+        noise = stepping.server_learning_rate * deviation(phase, self.roster.described, heard)
         told: dict[str, dict[str, float]] = {}
         for site in outcome.admitted:
             update, told[site] = self.folder.reply(round, site).parted()
             state = aggregator.accumulate(state, update, weights[site])
         state, adapter = aggregator.finish(state)
+        adapter = self.refiner.refined(adapter, phase, [*_noise(before.history, phase.name), noise])
         clock.lap("aggregate")
         metrics = self.evaluator.evaluate(adapter, VALIDATION)
         clock.lap("evaluate")
@@ -213,6 +227,7 @@ class Coordinator:
             **site_metrics(told, weights, self.roster.described, self.plan.privacy, phase, self.bounds),
             "bytes_down": outcome.bytes_down,
             "bytes_up": outcome.bytes_up,
+            "noise": noise,
             "seconds": clock.laps,
             "cohort": list(outcome.cohort),
             "admitted": outcome.admitted,
@@ -224,25 +239,29 @@ class Coordinator:
         self.progress.round(record)
         return after
 
+    def _kept(self, last: Checkpoint) -> Tensors:
+        """The adapter as it stands after a round: refined, or averaged, where its phase asks for it."""
+        adapter = _adapter_in(last.aggregator, AVERAGE) or _adapter_in(last.aggregator)
+        if last.round == 0:
+            return adapter
+        return self.refiner.refined(adapter, self.plan.phase_of(last.round), _noise(last.history, last.phase))
+
     def _advance(
         self, before: Checkpoint, record: dict[str, Any], adapter: AdapterState, aggregator: Mapping[str, Any]
     ) -> Checkpoint:
-        """The checkpoint after a round: best so far, and which round comes next."""
+        """The checkpoint after a round: the one to keep so far, and which round comes next."""
         round, phase = int(record["round"]), str(record["phase"])
         history = (*before.history, record)
-        values = {entry["round"]: _metric(entry, self.evaluator.metric) for entry in history}
-        best, best_round = before.best, before.best_round
-        if self.evaluator.better(values[round], values[best_round]):
-            best, best_round = adapter, round
-        return Checkpoint(
-            round, self._next_round(round, phase, best_round, history), phase, best_round, history, aggregator, best
-        )
+        kept, kept_round = before.best, before.best_round
+        if self.selection.keeps(record, before.history):
+            kept, kept_round = adapter, round
+        return Checkpoint(round, self._next_round(round, phase, history), phase, kept_round, history, aggregator, kept)
 
-    def _next_round(self, round: int, phase: str, best_round: int, history: tuple[dict[str, Any], ...]) -> int:
+    def _next_round(self, round: int, phase: str, history: tuple[dict[str, Any], ...]) -> int:
         """Early stopping ends a phase, not the run: the next phase starts. Spent ε is not refunded."""
         patience = self.config.evaluation.patience
         rounds_here = [entry["round"] for entry in history if entry["phase"] == phase]
-        if patience is None or len(rounds_here) < patience or best_round > round - patience:
+        if patience is None or len(rounds_here) < patience or self.selection.best(history)["round"] > round - patience:
             return round + 1
         following = round + 1
         while following <= self.plan.rounds and self.plan.phase_of(following).name == phase:
@@ -261,11 +280,14 @@ class Coordinator:
         least = rule_for(phase).least
         cohort = self.folder.cohort(round)
         if cohort is None:
-            server, sites = self.config.server, list(self.roster.participants)
+            server, sites = self.config.server, self.roster.names
             if len(sites) < least:  # before the cohort is settled, so that more sites can join
                 raise RunFailed(f"round {round}: {too_few(phase, least, len(sites))} ({reasons(self.roster.absent)})")
             cohort = sampling.cohort(sites, server.cohort, max(server.min_replies, least), self.plan.seed, round)
             self.folder.store_cohort(round, cohort)
+        if self.ask_when_sampled:
+            self.roster.meet(cohort)
+            self.progress.sites(self.roster.described)
         outcome = Outcome(cohort)
         self._collect(round, adapter, outcome)
         outcome.admitted.sort()
@@ -384,6 +406,6 @@ def _adapter_in(arrays: Mapping[str, Any], part: str = "adapter") -> Tensors:
     return {name.removeprefix(f"{part}/"): array for name, array in arrays.items() if name.startswith(f"{part}/")}
 
 
-def _metric(record: Mapping[str, Any], metric: str) -> float:
-    value = record["metrics"].get(metric)
-    return float("nan") if value is None else float(value)
+def _noise(history: Iterable[Mapping[str, Any]], phase: str) -> list[float]:
+    """Deviations of the noise in the steps of a phase's rounds."""
+    return [float(record["noise"]) for record in history if record["phase"] == phase]

@@ -57,7 +57,7 @@ def simulate_command(
         run, folder = read_run(resume), resume
     else:
         folder = out or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-        tables = apply_overrides(read_toml(config) if config else _demo_tables(folder), settings or [])
+        tables = apply_overrides(read_toml(config) if config else demo_tables(folder), settings or [])
         run = validate(RunConfig, tables, str(config or "the embedded default"))
         if config is None and run.data.path == str(folder / DEMO_DATA):
             _write_demo_data(folder)
@@ -72,7 +72,7 @@ def simulate_command(
         show(summary, result_console())
 
 
-def _demo_tables(folder: Path) -> dict[str, Any]:
+def demo_tables(folder: Path) -> dict[str, Any]:
     """The embedded default, with its data under the output folder."""
     from common.toml_settings import read_toml
 
@@ -115,3 +115,4 @@ def show(summary: Mapping[str, Any], console: Console) -> None:
         console.print(f"test: {shown}")
     console.print("ε is per run: a simulation's ledgers are fresh.")
     console.print(f"adapter: {summary['adapter']}", soft_wrap=True)
+    console.print(f"page: consilium report {Path(summary['adapter']).parent}", soft_wrap=True, highlight=False)

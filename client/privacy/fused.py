@@ -33,6 +33,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from client.privacy.linear_maps import LinearMap, OwnWeights, map_of
 from common.errors import CoverageError
 
 LINEAR = (nn.Linear, Conv1D)
@@ -58,10 +59,11 @@ class RowGradients:
 
     Args:
         places: id of each trained parameter → its name and modules, for messages.
+        own: what the sites that share a pass have in place of the model's own parameters.
     """
 
-    def __init__(self, places: Mapping[int, str]) -> None:
-        self.places = places
+    def __init__(self, places: Mapping[int, str], own: OwnWeights | None = None) -> None:
+        self.places, self.own = places, own
         self.closed = False
         # Makes a map's output differentiable where its input is a constant; gets no gradient itself.
         self.anchor = torch.empty(0, requires_grad=True)
@@ -137,14 +139,13 @@ def _linear(module: Any, gradients: RowGradients) -> Forward:
     transposed = type(module) is Conv1D
 
     def forward(input: torch.Tensor) -> torch.Tensor:
-        weight = module.weight.detach()
-        bias = None if module.bias is None else module.bias.detach()
+        dtype = None
         if torch.is_autocast_enabled(input.device.type):
             dtype = torch.get_autocast_dtype(input.device.type)
-            input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        weight = weight.t() if transposed else weight
+            input = input.to(dtype)
+        linear = map_of(module.weight, module.bias, transposed, gradients.own, dtype)
         if not torch.is_grad_enabled():  # evaluation, or the first run of a reentrant checkpoint
-            return _product(input, weight, bias)
+            return linear.product(input)
         input = _batch_of(module, input, gradients)
         trained = _Trained(
             module.weight if module.weight.requires_grad else None,
@@ -153,7 +154,7 @@ def _linear(module: Any, gradients: RowGradients) -> Forward:
             gradients,
             torch._C._current_graph_task_id(),
         )
-        output: torch.Tensor = _Linear.apply(input, weight, bias, trained, gradients.anchor)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _Linear.apply(input, linear, trained, gradients.anchor)  # type: ignore[no-untyped-call]
         return output
 
     # Conv1D calls its argument x, and nobody passes either by name.
@@ -177,21 +178,15 @@ class _Linear(torch.autograd.Function):
     """y [B, …, out] = x [B, …, in] · Wᵀ [out, in] + b."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        trained: _Trained,
-        anchor: torch.Tensor,
-    ) -> torch.Tensor:
-        ctx.trained = trained
-        ctx.save_for_backward(None if trained.weight is None else x, weight)
-        return _product(x, weight, bias)
+    def forward(ctx: Any, x: torch.Tensor, linear: LinearMap, trained: _Trained, anchor: torch.Tensor) -> torch.Tensor:
+        ctx.linear, ctx.trained = linear, trained
+        # The weights only so that autograd notices if they change before the backward pass.
+        ctx.save_for_backward(None if trained.weight is None else x, linear.weight)
+        return linear.product(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+        x, _ = ctx.saved_tensors
         trained: _Trained = ctx.trained
         backward = torch._C._current_graph_task_id() if trained.within < 0 else trained.within
         with torch.autocast(gradient.device.type, enabled=False):
@@ -206,30 +201,13 @@ class _Linear(torch.autograd.Function):
                     else gradient.flatten(1, -2).sum(1, dtype=exact)
                 )
                 trained.gradients.add(trained.bias, rows, backward)
-            back = _product(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
-        return back, None, None, None, None
+            back = ctx.linear.back(gradient) if ctx.needs_input_grad[0] else None
+        return back, None, None, None
 
 
 def _exact(tensor: torch.Tensor) -> torch.dtype:
     """The format in which gradients are summed and kept."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [B, …, in] · Wᵀ + b.
-
-    The CPU's matrix product is two to four times slower with few columns than with few rows, so a low-rank map is
-    computed as (W·xᵀ)ᵀ there.
-    """
-    if x.is_cuda or x.dtype != torch.float32 or 4 * len(weight) > weight.shape[1] or x.dim() < 3:
-        return functional.linear(x, weight, bias)
-    narrow = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t()
-    output = torch.empty(*x.shape[:-1], len(weight), dtype=x.dtype, device=x.device)
-    if bias is None:
-        output.view(narrow.shape).copy_(narrow)
-    else:
-        torch.add(narrow, bias, out=output.view(narrow.shape))
-    return output
 
 
 def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

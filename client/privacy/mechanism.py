@@ -20,6 +20,7 @@ ever enters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -51,7 +52,11 @@ class PrivacyMechanism(Protocol):
     def attach(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> AbstractContextManager[None]:
-        """Prepares the model for the round."""
+        """Makes the model yield what ``accumulate`` needs, and starts with these parameters."""
+        ...
+
+    def start(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """The sum is empty, and from now on steps move these parameters: for ``add``, which needs no model."""
         ...
 
     def sample(self, n: int, step: int) -> npt.NDArray[np.int64]:
@@ -64,6 +69,17 @@ class PrivacyMechanism(Protocol):
         Args:
             slots: int64 [B], which unit of the batch each row belongs to; ``None``: each row is a unit of its own.
             measured: asked after ``losses``; ``None`` if and only if there are no ``metrics``.
+        """
+        ...
+
+    def add(
+        self, gradients: Sequence[torch.Tensor], slots: torch.Tensor | None = None, measured: RowMetrics | None = None
+    ) -> None:
+        """Adds the (clipped) gradients of units, however they were computed, and their metrics. All or nothing.
+
+        Args:
+            gradients: of each unit, fp32 [units, numel] for each parameter; they are overwritten.
+            slots, measured: as above.
         """
         ...
 
@@ -114,16 +130,20 @@ class DPSGD:
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> Iterator[None]:
         """Makes ``backward`` yield per-example gradients; refuses uncovered parameters."""
+        with per_sample_gradients(model, parameters) as self._forget:
+            self.start(parameters, optimizer)
+            yield
+
+    def start(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """With an empty sum of the parameters' shapes, and of the metrics."""
         deviation = self.split.gradient(self.statement.noise_multiplier) * self.statement.clip_norm
         summed: list[torch.Tensor] = list(parameters.values())
         if self.metrics:
             summed.append(summed[0].new_zeros(len(self.metrics)))
             # What a metric of 1 is in the sum, where all coordinates have the same noise; below it, for rounding.
             self._one = deviation / self.split.metric(self.statement.noise_multiplier) * (1 - 2.0**-22)
-        with per_sample_gradients(model, parameters) as self._forget:
-            self.parameters, self.optimizer = parameters, optimizer
-            self._sum: NoisySum = SUMS[self.noise](summed, deviation)
-            yield
+        self.parameters, self.optimizer = parameters, optimizer
+        self._sum: NoisySum = SUMS[self.noise](summed, deviation)
 
     def sample(self, n: int, step: int) -> npt.NDArray[np.int64]:
         """Poisson sampling at rate q."""
@@ -137,13 +157,18 @@ class DPSGD:
         try:
             rows = losses()
             rows.sum().backward()  # type: ignore[no-untyped-call]
-            gradients = unit_gradients(self.parameters, len(rows), slots)
-            metrics = self._metrics(gradients, slots, measured)
-            factors = [clip_factors(gradients, self.statement.clip_norm)] * len(gradients)
-            unscaled = [torch.ones_like(factors[0])] * len(metrics)
-            self._sum.add([*gradients, *metrics], [*factors, *unscaled])
+            self.add(unit_gradients(self.parameters, len(rows), slots), slots, measured)
         finally:
             self._forget()
+
+    def add(
+        self, gradients: Sequence[torch.Tensor], slots: torch.Tensor | None = None, measured: RowMetrics | None = None
+    ) -> None:
+        """Clipped as in ``accumulate``, which ends here."""
+        metrics = self._metrics(gradients, slots, measured)
+        factors = [clip_factors(gradients, self.statement.clip_norm)] * len(gradients)
+        unscaled = [torch.ones_like(factors[0])] * len(metrics)
+        self._sum.add([*gradients, *metrics], [*factors, *unscaled])
 
     def _metrics(
         self, gradients: Sequence[torch.Tensor], slots: torch.Tensor | None, measured: RowMetrics | None
@@ -161,7 +186,7 @@ class DPSGD:
         for parameter, gradient in zip(self.parameters.values(), noisy, strict=True):
             parameter.grad = gradient / self.expected_batch
         self.optimizer.step()
-        self._forget()
+        self.optimizer.zero_grad()
 
     def means(self) -> dict[str, float]:
         """With noise of deviation ``NoiseSplit.of_mean``."""
@@ -182,11 +207,15 @@ class NoPrivacy:
     def attach(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> Iterator[None]:
-        """Keeps the parameters and the optimiser."""
+        """Needs nothing of the model."""
+        self.start(parameters, optimizer)
+        yield
+
+    def start(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+        """Without gradients."""
         self.parameters, self.optimizer = parameters, optimizer
         self._measured = torch.zeros(len(self.metrics))
         optimizer.zero_grad()
-        yield
 
     def sample(self, n: int, step: int) -> npt.NDArray[np.int64]:
         """Poisson sampling at rate q."""
@@ -211,6 +240,19 @@ class NoPrivacy:
         finally:
             for parameter, gradient in zip(parameters, after, strict=True):
                 parameter.grad = gradient
+
+    def add(
+        self, gradients: Sequence[torch.Tensor], slots: torch.Tensor | None = None, measured: RowMetrics | None = None
+    ) -> None:
+        """Sums them; a unit that is not finite contributes zero."""
+        parameters = list(self.parameters.values())
+        more = 0.0 if measured is None else unit_metrics(measured(), slots, gradients).sum(dim=0).cpu()
+        clip_factors(gradients, math.inf)  # scales nothing, and sets to zero what is not finite
+        sums = [each.sum(dim=0).view_as(parameter) for parameter, each in zip(parameters, gradients, strict=True)]
+        after = [_added(parameter.grad, each) for parameter, each in zip(parameters, sums, strict=True)]
+        for parameter, gradient in zip(parameters, after, strict=True):
+            parameter.grad = gradient
+        self._measured = self._measured + more
 
     def step(self, step: int) -> None:
         """Divides by the public expected batch; an empty batch is a zero gradient."""

@@ -8,7 +8,8 @@ from functools import partial
 
 from torch import nn
 
-from client.privacy.fused import RowGradients, forward_of, has_rule
+from client.privacy.fused import LINEAR, RowGradients, forward_of, has_rule
+from client.privacy.linear_maps import OwnWeights
 from common.errors import CoverageError
 
 
@@ -41,13 +42,19 @@ def check_coverage(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
 
 @contextmanager
-def per_sample_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[Callable[[], None]]:
+def per_sample_gradients(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], own: OwnWeights | None = None
+) -> Iterator[Callable[[], None]]:
     """Within it, ``backward`` of a *sum* of per-example losses fills ``parameter.grad_sample`` [B, *shape] in fp32.
 
     ``parameter.grad`` stays empty. A parameter whose modules did not run has no ``grad_sample``: to clip it is refused
     by name, since a parameter that is noised and never learns is a mistake in the settings.
 
     Yields a function that forgets what a forward or backward pass has left, whether it was used or failed half-way.
+
+    Args:
+        own: what the sites that share a pass have in place of the model's values; the rows' gradients are then those at
+            their own site's values, under the model's parameters.
 
     Raises:
         CoverageError: a trainable parameter is not covered; also from ``backward``, if it turns out there.
@@ -56,9 +63,11 @@ def per_sample_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter
     trained = {
         name: module
         for name, module in model.named_modules()
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        if any(one.requires_grad or (own is not None and one in own) for one in module.parameters(recurse=False))
     }
-    gradients = RowGradients(_places(trained, parameters))
+    if own is not None:
+        _check_own(trained, own)
+    gradients = RowGradients(_places(trained, parameters), own)
     with ExitStack() as undo:
         undo.callback(setattr, gradients, "closed", True)
         undo.callback(_remove, parameters)
@@ -71,6 +80,15 @@ def per_sample_gradients(model: nn.Module, parameters: Mapping[str, nn.Parameter
             undo.callback(module.__dict__.pop, "forward")
             module.__dict__["forward"] = replaced
         yield partial(_clear, parameters)
+
+
+def _check_own(modules: Mapping[str, nn.Module], own: OwnWeights) -> None:
+    for name, module in modules.items():
+        if type(module) not in LINEAR or any(one not in own for one in module.parameters(recurse=False)):
+            raise CoverageError(
+                f"privacy: '{name}' ({type(module).__name__}) cannot have weights for each site; only linear maps can, "
+                "all of whose tensors are trained (simulation.sites_per_pass = 1)"
+            )
 
 
 def _places(modules: Mapping[str, nn.Module], parameters: Mapping[str, nn.Parameter]) -> dict[int, str]:

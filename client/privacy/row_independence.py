@@ -106,7 +106,7 @@ class Probed:
 
     def fault(self, model: AdaptedModel, names: tuple[str, ...], rows: int) -> str:
         """Why these tensors of the model cannot be trained under DP; empty if they can. Looks at no data."""
-        verdicts = self._verdicts.setdefault(model, {})
+        verdicts = self._verdicts.setdefault(model.original, {})
         if (names, rows) not in verdicts:
             try:
                 check_row_independence(model, names, rows)

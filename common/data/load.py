@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,7 @@ from common.data.units import units_of
 from common.errors import DataError
 from common.examples import Examples
 from common.tasks.base import Fault, Task
+from common.tokenised import Tokenised, tokenise
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,26 @@ def load_rows(
     sites = rows.pop("site_column", [])
     units = None if unit_column is None else units_of(rows.pop("privacy_unit"))
     return Loaded(rows, sites, units)
+
+
+def tokenise_all(
+    rows: Rows, task: Task, tokenizer: PreTrainedTokenizerBase, where: str, folder: Path | None = None
+) -> Tokenised:
+    """As :func:`encode_all`, into a memory-mapped file (:func:`common.tokenised.tokenise`).
+
+    Raises:
+        DataError: some row cannot be learnt from, or there is no room for the file.
+    """
+    try:
+        tokenised, faults = tokenise(rows, task, tokenizer, folder)
+    except OSError as error:
+        raise DataError(
+            f"data: {where}: the tokens cannot be stored ({error.strerror}); free some space where temporary files "
+            "and simulation.cache lie"
+        ) from None
+    if faults:
+        raise DataError(f"data: {where}: {describe(faults)}; mend or drop these rows")
+    return tokenised
 
 
 def encode_all(rows: Rows, task: Task, tokenizer: PreTrainedTokenizerBase, where: str) -> Examples:

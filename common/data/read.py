@@ -36,7 +36,7 @@ def read_rows(source: str, split: str, fields: Sequence[str], columns: Mapping[s
             f"data.columns: '{unknown[0]}' is not a field of this task{did_you_mean(unknown[0], fields)}; "
             f"fields: {', '.join(fields)}"
         )
-    table, where = _table(source, split)
+    table, where = read_table(source, split)
     rows: Rows = {}
     for field in fields:
         column = columns.get(field, field)
@@ -53,13 +53,18 @@ def read_rows(source: str, split: str, fields: Sequence[str], columns: Mapping[s
     return rows
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a value says nothing: empty, blank, or not a number."""
+    return value is None or value != value or not str(value).strip()
+
+
 def count_rows(source: str, split: str) -> int:
     """Number of rows of a split (of the whole file, if the source is one).
 
     Raises:
         DataError: file or split missing or unreadable.
     """
-    table, _ = _table(source, split)
+    table, _ = read_table(source, split)
     return table.rows
 
 
@@ -74,19 +79,27 @@ def is_file(source: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     """Column names, number of rows, and the values of a column."""
 
     names: list[str]
     rows: int
     values: Callable[[str], list[Any]]
+    arrow: pa.Table | None = None
+    """The same with the file's own types; ``None`` for JSON lines, which have none."""
 
     @classmethod
-    def of(cls, table: pa.Table) -> _Table:
-        return cls(list(table.column_names), int(table.num_rows), lambda column: table.column(column).to_pylist())
+    def of(cls, table: pa.Table) -> Table:
+        """An Arrow table's columns."""
+        return cls(list(table.column_names), int(table.num_rows), lambda name: table.column(name).to_pylist(), table)
 
 
-def _table(source: str, split: str) -> tuple[_Table, str]:
+def read_table(source: str, split: str) -> tuple[Table, str]:
+    """All columns of one split as they stand, and in words where they were read.
+
+    Raises:
+        DataError: file or split missing or unreadable.
+    """
     path = Path(source).expanduser()
     if path.is_file():
         return _read_file(path), str(path)
@@ -105,14 +118,14 @@ def _table(source: str, split: str) -> tuple[_Table, str]:
     return _from_hub(source, split), f"hub data set {source} ({split})"
 
 
-def _read_file(path: Path) -> _Table:
+def _read_file(path: Path) -> Table:
     try:
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
-            return _Table.of(pyarrow.parquet.read_table(path))
+            return Table.of(pyarrow.parquet.read_table(path))
         if path.suffix == ".csv":
-            return _Table.of(_read_csv(path))
+            return Table.of(_read_csv(path))
         if path.suffix in (".jsonl", ".json"):
             return _read_json_lines(path)
     except (pa.ArrowException, OSError, ValueError) as error:
@@ -121,7 +134,7 @@ def _read_file(path: Path) -> _Table:
     raise DataError(f"data: {path} is of an unknown kind '{path.suffix}'; use csv, jsonl or parquet")
 
 
-def _read_json_lines(path: Path) -> _Table:
+def _read_json_lines(path: Path) -> Table:
     """Line by line: a type guessed from all rows together would let one row change how the others are read."""
     rows = []
     with path.open(encoding="utf-8") as lines:
@@ -138,7 +151,7 @@ def _read_json_lines(path: Path) -> _Table:
     if not rows:
         raise ValueError("it is empty")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return _Table(names, len(rows), lambda column: [row.get(column) for row in rows])
+    return Table(names, len(rows), lambda column: [row.get(column) for row in rows])
 
 
 def _read_csv(path: Path) -> pa.Table:
@@ -152,7 +165,7 @@ def _read_csv(path: Path) -> pa.Table:
     return pyarrow.csv.read_csv(path, parse_options=parse, convert_options=convert)
 
 
-def _from_hub(name: str, split: str) -> _Table:
+def _from_hub(name: str, split: str) -> Table:
     import datasets
 
     try:
@@ -162,4 +175,4 @@ def _from_hub(name: str, split: str) -> _Table:
             f"data.path = '{name}': no such file or folder, and the hub did not deliver split '{split}' "
             f"({type(error).__name__}); check the path, the id and the connection"
         ) from None
-    return _Table.of(loaded.with_format("arrow")[:])
+    return Table.of(loaded.with_format("arrow")[:])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from common.data.read import Rows
 from common.errors import DataError
@@ -76,6 +77,16 @@ def dealt(n: int, sites: int, seed: int) -> dict[str, list[int]]:
     """
     if n < sites:
         raise DataError(f"data.sites = {sites}: there are only {n} rows; use fewer sites")
-    order = np.random.Generator(np.random.PCG64(seed)).permutation(n)
+    order = shuffled(n, seed)
+    return {name: sorted(order[k::sites].tolist()) for k, name in enumerate(site_names(sites))}
+
+
+def shuffled(n: int, seed: int) -> npt.NDArray[np.int64]:
+    """The row indices 0 … n - 1 in an order that the seed decides."""
+    return np.random.Generator(np.random.PCG64(seed)).permutation(n)
+
+
+def site_names(sites: int) -> list[str]:
+    """``site-1`` …, with leading zeros, so that they sort as their numbers."""
     width = len(str(sites))
-    return {f"site-{k + 1:0{width}d}": sorted(order[k::sites].tolist()) for k in range(sites)}
+    return [f"site-{k + 1:0{width}d}" for k in range(sites)]

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from common.errors import ConfigError
+from common.privacy.in_words import odds_factor
 
 app = typer.Typer(help="Plan and explain differential privacy.", no_args_is_help=True)
 
@@ -122,8 +123,6 @@ def _figures(
 
 
 def _print(figures: PlanFigures) -> None:
-    import math
-
     from rich.console import Console
     from rich.table import Table
 
@@ -139,7 +138,7 @@ def _print(figures: PlanFigures) -> None:
     table.add_row("steps", f"{figures.rounds} x {figures.steps_per_round} = {figures.steps}")
     console = Console()
     console.print(table)
-    factor = f"{math.exp(figures.epsilon):.3g}" if figures.epsilon < 700 else f"e^{figures.epsilon:.0f}"
+    factor = odds_factor(figures.epsilon)
     console.print(
         f"Whoever sees all {figures.rounds} releases of the site can raise or lower the odds that any one example was "
         f"in its data by a factor of {factor} at most, except with probability {figures.delta:g}.",

@@ -89,7 +89,8 @@ class Task(Protocol):
         ...
 
     def score(self, logits: torch.Tensor, targets: torch.Tensor) -> Scores:
-        """Per-example results from which the metrics are computed."""
+        """Per-example results from which the metrics are computed; ``predicted`` and ``label`` among them where an
+        answer is right or wrong."""
         ...
 
     def metrics(self, scores: Scores) -> dict[str, float]:

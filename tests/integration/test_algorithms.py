@@ -17,7 +17,7 @@ from common.sections import DataSection, LoraSection, ModelSection, PhaseSection
 from server.checkpoint import RunFolder
 from server.prepare import prepare
 from server.rounds import Progress, Silent
-from simulations.simulate import Arm, Federation
+from simulations.federation import Arm, Federation
 
 SITES = ("north", "south", "west")
 HEAD = PhaseSection(name="head", rounds=3, sample_rate=1.0, train=("head",), learning_rate=2.0, server_average=0.5)

@@ -212,7 +212,7 @@ def finished(federation: Federation, tmp_path_factory: pytest.TempPathFactory) -
 def test_a_submitted_run_completes_and_leaves_its_documented_folder(finished: Finished) -> None:
     found = {path.name for path in finished.out.iterdir() if not path.name.startswith(".")}
     assert found == {
-        *("run.toml", "manifest.json", "sites.json", "heads.json", "rounds.jsonl", "rounds", "checkpoint"),
+        *("run.toml", "manifest.json", "sites.json", "heads.jsonl", "rounds.jsonl", "rounds", "checkpoint"),
         *("adapter", "tensorboard", "summary.json"),
     }
     history = _history(finished.out)

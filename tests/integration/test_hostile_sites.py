@@ -26,7 +26,8 @@ from common.plan import Plan
 from common.toml_settings import validate
 from server.checkpoint import RunFolder
 from server.rounds import Silent
-from simulations.simulate import Arm, Federation
+from simulations.federation import Arm, Federation
+from simulations.workers import Workers
 
 Altered = Callable[[Release], TrainReply]
 
@@ -51,8 +52,10 @@ class Besieged(Federation):
     hostile: Mapping[str, Altered] = {}
 
     @contextmanager
-    def _sites(self, arm: Arm, plan: Plan, coordinator: str) -> Iterator[Mapping[str, SiteService]]:
-        with super()._sites(arm, plan, coordinator) as sites:
+    def sites(
+        self, arm: Arm, plan: Plan, coordinator: str, workers: Workers | None = None
+    ) -> Iterator[Mapping[str, SiteService]]:
+        with super().sites(arm, plan, coordinator, workers) as sites:
             yield {
                 name: Hostile(site, self.hostile[name]) if name in self.hostile else site
                 for name, site in sites.items()

@@ -17,7 +17,14 @@ from typing import Any
 import pytest
 from agents import ENVIRONMENT, INTERRUPTIBLE
 
-HEAD = {"name": "head", "rounds": 1, "sample_rate": 1.0, "train": ["head"], "learning_rate": 1.0}
+HEAD = {
+    "name": "head",
+    "rounds": 1,
+    "sample_rate": 1.0,
+    "train": ["head"],
+    "learning_rate": 1.0,
+    "server_refinement": True,
+}
 LORA = {"name": "lora", "rounds": 2, "sample_rate": 0.5, "train": ["head", "lora"], "learning_rate": 0.5}
 ROUNDS = 3
 KILLS = 8

@@ -68,7 +68,8 @@ def test_all_problems_of_a_file_are_told_at_once_each_with_the_nearest_known_nam
 
 def test_a_name_that_resembles_none_is_answered_with_the_known_ones() -> None:
     (problem,) = problems(data={"zzz": 1})
-    assert problem == "data.zzz: unknown setting (known: columns, name, path, privacy_unit, site_column, sites)"
+    known = "alpha, classes_per_site, columns, min_size, name, partition, path, privacy_unit, site_column, sites"
+    assert problem == f"data.zzz: unknown setting (known: {known})"
 
 
 def test_a_setting_inside_a_named_table_is_answered_with_the_settings_of_that_table() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def test_metrics_are_those_of_scikit_learn_on_the_same_predictions(
             "macro_f1": pytest.approx(f1_score(labels, predicted, average="macro", zero_division=0)),
             "examples": 30.0,
         }
+
+
+def test_which_rows_are_right_is_told_in_the_splits_order_and_adds_up_to_the_accuracy(
+    tiny_bert: Path, triage_data: Path, adapted_model: Load, random_adapter: Draw
+) -> None:
+    model = adapted_model(tiny_bert, lora={"layers": 2})
+    state, subject = random_adapter(model, 4), evaluator(model, triage_data)
+    right = subject.right(state, "test")
+    model.load(state)
+    labels, chances = predictions(model, triage_data, "test")
+    assert right == [label == guess for label, guess in zip(labels, chances.argmax(axis=1), strict=True)]
+    assert right is not None and 0 < sum(right) < 30
+    assert sum(right) / 30 == pytest.approx(subject.evaluate(state, "test")["accuracy"])
 
 
 def test_the_same_adapter_gives_bitwise_the_same_metrics_again(
@@ -163,6 +177,7 @@ def test_perplexity_is_that_of_the_stock_models_own_loss_and_rouge_is_of_the_fir
     assert metrics["loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(np.exp(total / tokens), rel=1e-5)
     assert 0 <= metrics["rouge_l"] <= 1
+    assert subject.right(model.state(), "validation") is None
     assert "rouge_l" not in evaluator(model, qa_data).evaluate(model.state(), "validation")
 
 
@@ -236,3 +251,54 @@ def test_a_test_split_is_optional_in_a_folder_and_always_drawn_from_a_single_fil
     assert not evaluation.test_exists(str(triage_data), None)
     assert not evaluation.test_exists(str(triage_data), "")
     assert evaluation.test_exists(str(triage_data / "train.csv"), "test")
+
+
+# ---- site by site ---------------------------------------------------------------------------------------------------
+
+
+def test_each_sites_metrics_are_those_of_its_own_rows(
+    tiny_bert: Path, triage_data: Path, adapted_model: Load, random_adapter: Draw
+) -> None:
+    model = adapted_model(tiny_bert, lora={"layers": 2})
+    data = held_out(model, str(triage_data), "test", COLUMNS, 20, site_column="hospital")
+    subject = Evaluator(model, {"test": data})
+    state = random_adapter(model, 4)
+    found = subject.by_site(state, "test")
+    subject.model.load(state)
+    labels, chances = predictions(model, triage_data, "test")
+    sites = read_rows(str(triage_data), "test", ("hospital",), {})["hospital"]
+    assert list(found) == ["north", "south", "west"]
+    for site in found:
+        own = [row for row in range(20) if sites[row] == site]
+        truth, guess = [labels[row] for row in own], chances[own].argmax(axis=1)
+        assert found[site] == {
+            "loss": pytest.approx(log_loss(truth, chances[own], labels=[0, 1, 2]), rel=1e-5),
+            "accuracy": pytest.approx(accuracy_score(truth, guess)),
+            "macro_f1": pytest.approx(f1_score(truth, guess, average="macro", zero_division=0)),
+            "examples": len(own),
+        }
+    assert sum(one["examples"] for one in found.values()) == 20
+
+
+def test_a_split_without_a_site_column_is_evaluated_as_a_whole(
+    tiny_bert: Path, triage_data: Path, adapted_model: Load, random_adapter: Draw
+) -> None:
+    model = adapted_model(tiny_bert)
+    data = held_out(model, str(triage_data), "test", COLUMNS, None, site_column="clinic")
+    subject = Evaluator(model, {"test": data})
+    assert subject.by_site(random_adapter(model, 1), "test") == {}
+    assert subject.evaluate(random_adapter(model, 1), "test")["examples"] == 30
+    with pytest.raises(DataError, match="no file for split"):
+        held_out(model, str(triage_data), "dev", COLUMNS, None, site_column="clinic")
+
+
+def test_rows_that_name_no_site_are_left_out_and_too_many_sites_are_not_told_apart(
+    tiny_bert: Path, triage_data: Path, adapted_model: Load, random_adapter: Draw, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted_model(tiny_bert)
+    data = held_out(model, str(triage_data), "test", COLUMNS, None, site_column="hospital")
+    unnamed = replace(data, sites=tuple("" if site == "west" else site for site in data.sites))
+    subject = Evaluator(model, {"test": unnamed})
+    assert list(subject.by_site(random_adapter(model, 1), "test")) == ["north", "south"]
+    monkeypatch.setattr(evaluation, "MOST_SITES", 1)
+    assert subject.by_site(random_adapter(model, 1), "test") == {}

@@ -152,7 +152,7 @@ def test_auto_takes_the_map_with_the_default_recipe_where_it_fits(adapted_model:
         return with_feature_map(config(model), model.base).feature_map
 
     assert decided() == "held-out-texts"
-    assert decided(feature_rank=96) == decided(feature_levels=4) == decided(pooling="model") == "none"
+    assert decided(feature_rank=128) == decided(feature_levels=4) == decided(pooling="model") == "none"
     model = adapted_model(tiny_bert, **{**MAP, "feature_map": "auto"})
     own = PhaseSection(name="p", rounds=1, sample_rate=1.0, train=("head",))
     assert with_feature_map(config(model, phase=(own,)), model.base).feature_map == "none"
@@ -171,7 +171,7 @@ def test_a_resumed_run_has_the_map_that_it_started_with(adapted_model: Load, tin
 
 def test_without_privacy_more_coordinates_are_kept(adapted_model: Load, tiny_bert: Path) -> None:
     model = adapted_model(tiny_bert)
-    for mechanism, rank in (("none", 192), ("dp-sgd", 96)):
+    for mechanism, rank in (("none", 192), ("dp-sgd", 128)):
         decided = with_feature_map(config(model, privacy=PrivacySection(mechanism=mechanism)), model.base)
         assert (decided.feature_rank, decided.feature_map) == (rank, "none")  # too many for this model
 

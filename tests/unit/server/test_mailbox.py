@@ -9,20 +9,21 @@ import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
 
 from server.mailbox import GARBLED, TOGETHER, Mailbox
-from simulations.grid import InProcessGrid
+from simulations.grid import SimulatedGrid
 
 
-class Nodes(InProcessGrid):
+class Nodes(SimulatedGrid):
     """Node n answers ``{"n": n}``; some send garbage, which Flower reports for a whole pull and loses all of it."""
 
     def __init__(self, garbage: Iterable[int] = (), errors: Iterable[int] = (), refused: Iterable[int] = ()) -> None:
         super().__init__({})
         self.garbage, self.errors, self.refused = set(garbage), set(errors), set(refused)
         self.pulls: list[int] = []
+        self._queue: dict[str, Message] = {}
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         kept = list(messages)
-        super().push_messages(kept)
+        self._queue.update({one.metadata.message_id: one for one in kept})
         return ["" if one.metadata.dst_node_id in self.refused else one.metadata.message_id for one in kept]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:

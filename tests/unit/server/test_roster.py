@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from common.toml_settings import validate
 from server.checkpoint import RunFolder
 from server.mailbox import Mailbox
 from server.roster import Roster
-from simulations.grid import InProcessGrid
+from simulations.grid import SimulatedGrid
 
 PHASE = {"name": "head", "rounds": 3, "sample_rate": 1.0, "clip_norm": 1.0, "train": ["head"]}
 STATEMENT = PrivacyStatement(
@@ -41,13 +41,19 @@ def _says(*answers: SiteDescription) -> Answer:
     return lambda: wire.description_to_record(left.pop(0) if len(left) > 1 else left[0])
 
 
-class Nodes(InProcessGrid):
+class Nodes(SimulatedGrid):
     """Nodes that answer as a test says; ``None`` is no answer yet."""
 
     def __init__(self, answers: Mapping[int, Answer], names: Mapping[int, str] | None = None) -> None:
         super().__init__({})
         self.answers, self.names = dict(answers), names or {}
         self.asked: list[int] = []
+        self._queue: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        kept = {message.metadata.message_id: message for message in messages}
+        self._queue.update(kept)
+        return list(kept)
 
     def get_nodes(self) -> list[NodeInfo]:
         return [NodeInfo(node_id=node, name=self.names.get(node)) for node in self.answers]

@@ -1,0 +1,44 @@
+"""Which round's adapter a run keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from server.evaluation import Evaluator
+
+Record = Mapping[str, Any]
+
+
+class Selection:
+    """By the metric on the server's validation split; see ``evaluation.selection``.
+
+    Args:
+        rule: ``best``, ``one-standard-error`` or ``auto``.
+        private: whether the run is under DP, which decides ``auto``.
+    """
+
+    def __init__(self, evaluator: Evaluator, rule: str, private: bool) -> None:
+        self.evaluator = evaluator
+        self.doubts = rule == "one-standard-error" or (rule == "auto" and private)
+
+    def keeps(self, record: Record, earlier: Sequence[Record]) -> bool:
+        """Whether a finished round's adapter takes the place of the one kept so far."""
+        best = self.best(earlier)
+        value, top = self._metric(record), self._metric(best)
+        if self.evaluator.better(value, top):
+            return True
+        doubt = self.evaluator.standard_error(best["metrics"]) if self.doubts else None
+        return doubt is not None and value >= top - doubt
+
+    def best(self, history: Sequence[Record]) -> Record:
+        """The first record with the best metric."""
+        best = history[0]
+        for record in history[1:]:
+            if self.evaluator.better(self._metric(record), self._metric(best)):
+                best = record
+        return best
+
+    def _metric(self, record: Record) -> float:
+        value = record["metrics"].get(self.evaluator.metric)
+        return float("nan") if value is None else float(value)
