@@ -29,7 +29,8 @@ class Selection:
         if self.evaluator.better(value, top):
             return True
         doubt = self.evaluator.standard_error(best["metrics"]) if self.doubts else None
-        return doubt is not None and value >= top - doubt
+        base = self._metric(earlier[0])
+        return doubt is not None and value >= top - doubt and self.evaluator.better(value, base)
 
     def best(self, history: Sequence[Record]) -> Record:
         """The first record with the best metric."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 
@@ -73,7 +73,7 @@ def cluster(section: SimulationSection) -> Iterator[None]:
         yield
         return
     if section.ray_address is None and "ray" not in sys.modules and "RAY_AUTH_MODE" not in os.environ:
-        # A Ray listens on all network interfaces, so whoever has not its token is turned away; read when it is imported.
+        # Ray listens on all network interfaces, so whoever has no token is turned away. It reads this when imported.
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     ray = _installed()
     if ray.is_initialized():
@@ -168,10 +168,7 @@ def _leaving_at_sigterm() -> Iterator[None]:
         yield
         return
 
-    def leave(number: int, frame: object) -> NoReturn:
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

@@ -33,7 +33,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from client.privacy.linear_maps import LinearMap, OwnWeights, map_of
+from client.privacy.linear_maps import LinearMap, OwnWeights, Rows, map_of
 from common.errors import CoverageError
 
 LINEAR = (nn.Linear, Conv1D)
@@ -69,6 +69,11 @@ class RowGradients:
         self.anchor = torch.empty(0, requires_grad=True)
         self._backward, self._rows = -1, 0
         self._passes: dict[int, int] = {}  # id of a parameter → the backward pass that it got its last gradient in
+
+    @property
+    def stretches(self) -> Rows | None:
+        """Over which rows gradients are summed; ``None``: each row's is kept."""
+        return self.own.rows if self.own is not None and self.own.summed else None
 
     def add(self, parameter: nn.Parameter, gradient: torch.Tensor, backward: int) -> None:
         """Adds a module's contribution to the rows of a parameter.
@@ -189,9 +194,10 @@ class _Linear(torch.autograd.Function):
         x, _ = ctx.saved_tensors
         trained: _Trained = ctx.trained
         backward = torch._C._current_graph_task_id() if trained.within < 0 else trained.within
+        stretches = trained.gradients.stretches
         with torch.autocast(gradient.device.type, enabled=False):
             if trained.weight is not None:
-                rows = _outer(x, gradient) if trained.transposed else _outer(gradient, x)
+                rows = _products(x, gradient, stretches) if trained.transposed else _products(gradient, x, stretches)
                 trained.gradients.add(trained.weight, rows, backward)
             if trained.bias is not None:
                 exact = _exact(gradient)  # never autograd's own tensor: it may be the gradient of other modules too
@@ -200,6 +206,7 @@ class _Linear(torch.autograd.Function):
                     if gradient.dim() == 2
                     else gradient.flatten(1, -2).sum(1, dtype=exact)
                 )
+                rows = rows if stretches is None else stretches.summed(rows)
                 trained.gradients.add(trained.bias, rows, backward)
             back = ctx.linear.back(gradient) if ctx.needs_input_grad[0] else None
         return back, None, None, None
@@ -208,6 +215,16 @@ class _Linear(torch.autograd.Function):
 def _exact(tensor: torch.Tensor) -> torch.dtype:
     """The format in which gradients are summed and kept."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _products(left: torch.Tensor, right: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+    """Σ over positions of leftᵀ·right: per example, or summed over each stretch of rows."""
+    if rows is None:
+        return _outer(left, right)
+    if left.dim() > 2:
+        return rows.summed(_outer(left, right))
+    left, right = left.to(_exact(left)), right.to(_exact(right))
+    return torch.stack([left[run].t() @ right[run] for _, run in rows.runs])
 
 
 def _outer(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

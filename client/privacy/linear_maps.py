@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -72,22 +73,28 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 
 @dataclass(frozen=True)
 class Rows:
-    """Which site each row of a pass belongs to; the rows of a site lie side by side."""
+    """Which site each row of a pass belongs to."""
 
     sites: torch.Tensor
     """[B] number of each row's site."""
     runs: tuple[tuple[int, slice], ...]
-    """Site and rows of each stretch."""
+    """Site and rows of each stretch of rows."""
+    run_of: torch.Tensor
+    """[B] number of each row's stretch."""
 
     @classmethod
-    def of(cls, sites: Sequence[int], device: torch.device) -> Rows:
-        """Rows of these sites, in this order."""
-        runs, first = [], 0
-        for site, stretch in groupby(sites):
-            last = first + len(list(stretch))
-            runs.append((site, slice(first, last)))
-            first = last
-        return cls(torch.tensor(sites, device=device), tuple(runs))
+    def of(cls, stretches: Sequence[tuple[int, int]], device: torch.device) -> Rows:
+        """So many rows of this site, then so many of that one: (site, number of rows) of each stretch."""
+        counts = [count for _, count in stretches]
+        ends = [0, *accumulate(counts)]
+        runs = tuple((site, slice(*ends[number : number + 2])) for number, (site, _) in enumerate(stretches))
+        numbers = np.repeat(np.arange(len(runs)), counts)
+        sites = np.array([site for site, _ in stretches], np.int64)[numbers]
+        return cls(torch.from_numpy(sites).to(device), runs, torch.from_numpy(numbers).to(device))
+
+    def summed(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over each stretch, [runs, …] of [B, …]."""
+        return values.new_zeros(len(self.runs), *values.shape[1:]).index_add_(0, self.run_of, values)
 
 
 @dataclass(frozen=True)
@@ -133,10 +140,12 @@ class OwnWeights:
 
     Args:
         stacks: parameter → the sites' own values [S, *shape].
+        summed: whether the gradients of each stretch of rows are wanted as one sum, not row by row.
     """
 
-    def __init__(self, stacks: Mapping[nn.Parameter, torch.Tensor]) -> None:
+    def __init__(self, stacks: Mapping[nn.Parameter, torch.Tensor], summed: bool = False) -> None:
         self._stacks = {id(parameter): stack for parameter, stack in stacks.items()}
+        self.summed = summed
         self.rows: Rows | None = None
         """Of the pass that is under way."""
 

@@ -20,7 +20,6 @@ ever enters.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -48,6 +47,8 @@ class PrivacyMechanism(Protocol):
 
     metrics: tuple[str, ...]
     """What is measured beside the gradient."""
+    by_unit: bool
+    """Whether ``add`` needs the gradient of each unit; else the sum over a batch's units is as good."""
 
     def attach(
         self, model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
@@ -78,7 +79,8 @@ class PrivacyMechanism(Protocol):
         """Adds the (clipped) gradients of units, however they were computed, and their metrics. All or nothing.
 
         Args:
-            gradients: of each unit, fp32 [units, numel] for each parameter; they are overwritten.
+            gradients: of each unit, fp32 [units, numel] for each parameter, or [1, numel] of all of them; they are
+                overwritten.
             slots, measured: as above.
         """
         ...
@@ -110,6 +112,8 @@ class DPSGD:
         metrics: what is measured beside the gradient.
         metrics_share: s.
     """
+
+    by_unit = True
 
     def __init__(
         self,
@@ -196,6 +200,8 @@ class DPSGD:
 class NoPrivacy:
     """No clipping, no noise, no claim: an explicit choice. Samples like DP-SGD, so that runs compare."""
 
+    by_unit = False
+
     def __init__(
         self, statement: PhaseStatement, public_size: int, secret: RoundSecret, metrics: Sequence[str] = ()
     ) -> None:
@@ -244,12 +250,15 @@ class NoPrivacy:
     def add(
         self, gradients: Sequence[torch.Tensor], slots: torch.Tensor | None = None, measured: RowMetrics | None = None
     ) -> None:
-        """Sums them; a unit that is not finite contributes zero."""
+        """As ``accumulate`` does with the gradient of a batch.
+
+        Raises:
+            ValueError: some gradient is not finite.
+        """
         parameters = list(self.parameters.values())
-        more = 0.0 if measured is None else unit_metrics(measured(), slots, gradients).sum(dim=0).cpu()
-        clip_factors(gradients, math.inf)  # scales nothing, and sets to zero what is not finite
         sums = [each.sum(dim=0).view_as(parameter) for parameter, each in zip(parameters, gradients, strict=True)]
         after = [_added(parameter.grad, each) for parameter, each in zip(parameters, sums, strict=True)]
+        more = 0.0 if measured is None else unit_metrics(measured(), slots).sum(dim=0).cpu()
         for parameter, gradient in zip(parameters, after, strict=True):
             parameter.grad = gradient
         self._measured = self._measured + more

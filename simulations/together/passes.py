@@ -1,10 +1,11 @@
 """Rows of several sites in one physical batch.
 
 A site's physical batch has a fixed number of rows, and a length that its examples alone decide; dummy rows fill it up.
-With few examples in a step and several lengths among them, most of its rows are dummies. Here rows of several sites
-fill the batches of one length, next fit: a privacy unit goes into the batch at hand, or opens another if it does not
-fit as a whole. The shapes are those of one site's batches, and there are never more of them than the sites would need
-one after the other: a batch that starts later in the row of units also ends later.
+With few examples in a step and several lengths among them, most of its rows are dummies. A site's full batches stay as
+they are; the rows of those that are not full, of all sites, fill the batches of one length, next fit: a privacy unit
+goes into the batch at hand, or opens another if it does not fit as a whole. The shapes are those of one site's batches,
+and there are never more of them than the sites would need one after the other: a batch that starts later in the row of
+units also ends later.
 """
 
 from __future__ import annotations
@@ -85,6 +86,9 @@ def _next_fit(batches: Iterable[tuple[int, Batch]]) -> Iterator[list[Piece]]:
     pieces: list[Piece] = []
     room = 0
     for site, batch in batches:
+        if len(batch.indices) == len(batch.weights):  # full as it is
+            yield [Piece(site, batch, np.arange(len(batch.indices)))]
+            continue
         order, ends = _units(batch)
         start = 0
         while start < len(order):
@@ -113,17 +117,21 @@ def _units(batch: Batch) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
 def joined(pieces: Sequence[Piece], model: AdaptedModel, cut: Cut) -> SharedPass:
     """The pass of these pieces."""
     first = pieces[0].batch
-    sites = np.repeat([piece.site for piece in pieces], [len(piece.rows) for piece in pieces])
-    dummies = _dummies(first, len(first.weights) - len(sites), model, cut)
+    if len(pieces[0].rows) == len(first.weights):
+        rows = Rows.of([(pieces[0].site, len(first.weights))], first.mask.device)
+        return SharedPass(pieces, first, rows, first.slots())
+    filled_rows = sum(len(piece.rows) for piece in pieces)
+    dummies = _dummies(first, len(first.weights) - filled_rows, model, cut)
     batch = Batch(
         torch.cat([*(piece.of(piece.batch.inputs) for piece in pieces), dummies.inputs]),
         torch.cat([*(piece.of(piece.batch.mask) for piece in pieces), dummies.mask]),
         torch.cat([*(piece.of(piece.batch.targets) for piece in pieces), dummies.targets]),
         torch.cat([*(piece.of(piece.batch.weights) for piece in pieces), dummies.weights]),
-        np.arange(len(sites)),
+        np.arange(filled_rows),
     )
-    whose = [*sites.tolist(), *repeat(pieces[-1].site, len(dummies.weights))]
-    return SharedPass(pieces, batch, Rows.of(whose, batch.mask.device), _slots(pieces, batch))
+    stretches = [(piece.site, len(piece.rows)) for piece in pieces]
+    stretches[-1] = pieces[-1].site, stretches[-1][1] + len(dummies.weights)  # whose gradients are zero
+    return SharedPass(pieces, batch, Rows.of(stretches, batch.mask.device), _slots(pieces, batch))
 
 
 def _slots(pieces: Sequence[Piece], batch: Batch) -> torch.Tensor | None:

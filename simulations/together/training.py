@@ -74,11 +74,13 @@ class _Group:
         self.cut = self.model.cut_for(self.names, received)
         with self.model.training(self.names) as parameters:
             stacks = {name: torch.stack([one.detach()] * len(works)) for name, one in parameters.items()}
-            self.own = OwnWeights({parameters[name]: stack for name, stack in stacks.items()})
         self.lanes = [
             _Lane(work, {name: nn.Parameter(stack[site]) for name, stack in stacks.items()})
             for site, work in enumerate(works)
         ]
+        self.by_unit = self.lanes[0].mechanism.by_unit
+        own = {parameters[name]: stack for name, stack in stacks.items()}
+        self.own = OwnWeights(own, summed=not self.by_unit)
 
     def train(self) -> list[Trained]:
         """The round's steps, each for all sites before the next."""
@@ -129,13 +131,16 @@ class _Group:
         forward = Forward(self.model, shared.batch, self.cut, metrics)
         try:
             forward.losses().sum().backward()  # type: ignore[no-untyped-call]
-            gradients = unit_gradients(parameters, len(shared.batch.weights), shared.slots)
+            rows = len(shared.batch.weights) if self.by_unit else len(pieces)
+            gradients = unit_gradients(parameters, rows, shared.slots if self.by_unit else None)
         finally:
             forget()
-        return [
-            (piece, _share(piece, [each[rows] for each in gradients], forward.measured()[rows] if metrics else None))
-            for piece, rows in shared.parts()
-        ]
+        shares = []
+        for number, (piece, own) in enumerate(shared.parts()):
+            part = own if self.by_unit else slice(number, number + 1)
+            measured = forward.measured()[own] if metrics else None
+            shares.append((piece, _share(piece, [each[part] for each in gradients], measured)))
+        return shares
 
     def _each_alone(
         self, pieces: Sequence[Piece], parameters: Mapping[str, nn.Parameter], forget: Callable[[], None]

@@ -24,7 +24,6 @@ import simulations.sweep_cli
 from common.config import RunConfig
 from common.toml_settings import apply_overrides, read_toml, validate
 from server.rounds import Silent
-from simulations.federation import Federation
 from simulations.simulate import simulate
 
 LABELS = ["urgent", "routine", "review"]
@@ -145,15 +144,12 @@ def test_a_killed_sweep_leaves_no_process_and_continues_to_what_single_runs_give
     assert {name: (folders[name] / "summary.json").stat().st_mtime_ns for name in before} == before
     assert [row["cell"] for row in content["cells"]] == list(CELLS)
     base = read_toml(run_toml)
-    federation = None
     for row in content["cells"]:
         if row["cell"] in before:
             continue
         mechanism = "dp-sgd" if "epsilon-8" in row["cell"] else "none"
         seeds = [f"{key}={row['seed']}" for key in ("run.seed", "simulation.seed")]
         config = validate(RunConfig, apply_overrides(base, [f"privacy.mechanism={mechanism}", *seeds]), "")
-        federation = federation or Federation(config)
-        config = config.model_copy(update={"task": federation.config.task})
         alone = simulate(config, tmp_path / "alone" / row["cell"], False, unwatched)
         assert row["best_round"] == alone["best_round"]
         for split in ("validation", "test"):

@@ -36,12 +36,16 @@ from simulations.grid import InProcessGrid
 
 RANKS = {"north": 8, "south": 4}
 """The largest rank that each site allows."""
-ROUNDS = 3
+ROUNDS = 2
 PATIENCE = 60.0
 
 
 def settings(model: Path, data: Path, algorithm: str = "flexlora", **simulation: Any) -> RunConfig:
-    """A plan of rank 8 that trains LoRA and the head in the top two layers, with noise."""
+    """A plan of rank 8 that trains LoRA and the head in the top two layers, with noise.
+
+    ``workers``: sites in this process are worked on by one thread of torch, as at an agent. The number of threads
+    decides how sums are rounded.
+    """
     phase = {"name": "lora", "rounds": ROUNDS, "steps": 2, "sample_rate": 0.5, "train": ["lora", "head"]}
     tables = {
         "model": {"name": str(model)},
@@ -117,7 +121,7 @@ def remote(tiny_bert: Path, triage_data: Path, tmp_path_factory: pytest.TempPath
     try:
         with ThreadPoolExecutor(1 + len(agents)) as pool:
             started = [pool.submit(agent.start) for agent in agents.values()]
-            here = Federation(settings(tiny_bert, triage_data))
+            here = Federation(settings(tiny_bert, triage_data, ranks=tuple(RANKS.values())))
             for one in started:
                 one.result()
         yield Remote(here, key, agents)
@@ -136,12 +140,12 @@ def state_of(folder: Path) -> dict[str, np.ndarray]:
 def test_agents_of_rank_8_and_4_train_one_adapter_of_rank_8_as_the_same_sites_in_this_process(
     remote: Remote, tiny_bert: Path, triage_data: Path, tmp_path: Path
 ) -> None:
-    config = settings(tiny_bert, triage_data, ranks=tuple(RANKS.values()))
+    config = remote.here.config
     result, sites = remote.run(config, tmp_path / "remote" / "run")
     for name, rank in RANKS.items():
         # Before round 1 a site makes the adapter of the public seed: nothing goes down.
-        assert sites[name].exchanged == {1: (set(), {rank}), 2: ({rank}, {rank}), 3: ({rank}, {rank})}
-        assert remote.agents[name].charges()["run"] == [1, 2, 3]
+        assert sites[name].exchanged == {1: (set(), {rank}), 2: ({rank}, {rank})}
+        assert remote.agents[name].charges()["run"] == [1, 2]
     assert {site: one.max_rank for site, one in result.participants.items()} == RANKS
     assert [record["admitted"] for record in result.history[1:]] == [list(RANKS)] * ROUNDS
 
@@ -155,9 +159,9 @@ def test_agents_of_rank_8_and_4_train_one_adapter_of_rank_8_as_the_same_sites_in
     here = remote.here.run(arm, "run", False, lambda title, rounds: nullcontext(Silent())).result
     expected = state_of(arm.folder)
     assert state.keys() == expected.keys()
-    for name in state:
-        d = np.abs(state[name] - expected[name]).max()
-        print(name, d, np.abs(state[name]).max())
+    assert all(np.array_equal(state[name], expected[name]) for name in state)
+    for record, other in zip(result.history[1:], here.history[1:], strict=True):
+        assert (record["bytes_down"], record["bytes_up"]) == (other["bytes_down"], other["bytes_up"])
 
 
 def test_a_site_of_rank_4_refuses_a_plan_of_rank_8_whose_algorithm_needs_one_rank(
@@ -165,5 +169,5 @@ def test_a_site_of_rank_4_refuses_a_plan_of_rank_8_whose_algorithm_needs_one_ran
 ) -> None:
     result, sites = remote.run(settings(tiny_bert, triage_data, algorithm="ffa"), tmp_path / "fixed")
     assert result.absent == {"south": "policy"}
-    assert {site: list(one.exchanged) for site, one in sites.items()} == {"north": [1, 2, 3], "south": []}
-    assert {name: agent.charges()["fixed"] for name, agent in remote.agents.items()} == {"north": [1, 2, 3], "south": []}
+    assert {site: list(one.exchanged) for site, one in sites.items()} == {"north": [1, 2], "south": []}
+    assert {name: agent.charges()["fixed"] for name, agent in remote.agents.items()} == {"north": [1, 2], "south": []}

@@ -353,7 +353,9 @@ def test_rows_that_meet_another_sites_weights_would_be_noticed(
     plan = plan_for(model, [phase(train=train, steps=3, learning_rate=0.5)], privacy=FAST)
     right = Rows.of
     monkeypatch.setattr(
-        Rows, "of", staticmethod(lambda sites, device: right([(site + 1) % len(UNEQUAL) for site in sites], device))
+        Rows,
+        "of",
+        staticmethod(lambda sites, device: right([((site + 1) % len(UNEQUAL), n) for site, n in sites], device)),
     )
     expected, found = pair(model, plan, ragged(model)).run(random_state(model))
     assert max(apart(other, one) for one, other in zip(expected, found, strict=True)) > 100 * TOLERANCE

@@ -45,6 +45,11 @@ def test_the_distance_is_to_the_best_of_all_and_does_not_creep(evaluator: Evalua
     assert kept(evaluator, [0.1, 0.9, 0.89, 0.88, 0.87]) == 2
 
 
+def test_no_round_that_is_not_better_than_the_base_takes_its_place(evaluator: Evaluator) -> None:
+    assert kept(evaluator, [0.9, 0.895, 0.9]) == 0
+    assert kept(evaluator, [0.89, 0.9, 0.889]) == 1
+
+
 @pytest.mark.parametrize(("rule", "private"), [("best", True), ("auto", False)])
 def test_otherwise_the_first_best_is_kept(evaluator: Evaluator, rule: str, private: bool) -> None:
     assert kept(evaluator, [0.1, 0.9, 0.899, 0.9], rule, private) == 1
