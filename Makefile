@@ -1,6 +1,7 @@
 # One command per chore. Everything runs in .venv, which `make setup` makes from the constraints file.
 PYTHON ?= python3
 BIN := .venv/bin
+JOBS ?= 2
 STAMP := .venv/.installed
 
 .PHONY: help setup demo test test-slow soak check format protos clean
@@ -21,8 +22,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup  ## five synthetic hospitals, end to end, in a few minutes
 	$(BIN)/consilium simulate
 
-test: setup  ## every test that has to pass, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --durations=15
+test: setup  ## every test that has to pass, offline, in JOBS=2 processes
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --durations=15
 
 test-slow: setup  ## the tests that take longer
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --durations=15
