@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,14 @@ def updates(reply: TrainReply | Exception) -> AdapterState:
 def pair(tmp_path: Path) -> Callable[..., Pair]:
     """``pair(model, plan, [items of each site])``."""
 
+    probed = Probed()
+
     def build(model: AdaptedModel, plan: Plan, sites: Sequence[Items], rows: int = 4) -> Pair:
         def one(kind: str, number: int, items: Items) -> Site:
             privacy = {"allow_no_privacy": plan.privacy.mechanism == "none", "secure_noise": False}
             policy = policy_for(model, unit=plan.privacy.unit, metrics=("loss", "accuracy"), **privacy)
             site = site_for(tmp_path / kind / str(number), model, items, policy, fixed_seed=number, rows=rows)
+            site.resources = replace(site.resources, probed=probed)
             site.describe(shown(plan))
             return site
 

@@ -345,7 +345,11 @@ def _scales(value: float) -> Callable[[TrainRequest, AdapterSpec], dict[str, np.
     }
 
 
-@pytest.mark.parametrize("change", [_as_fp32, _scales(np.nan), _scales(np.inf), _scales(-1), _scales(3e38)], ids=str)
+@pytest.mark.parametrize(
+    "change",
+    [_as_fp32, _scales(np.nan), _scales(np.inf), _scales(-1), _scales(3e38)],
+    ids=["fp32", "not a number", "infinite", "negative", "overflowing"],
+)
 def test_a_request_in_another_format_or_with_scales_that_are_none_is_refused_and_costs_nothing(
     model: AdaptedModel, tmp_path: Path, change: Callable[[TrainRequest, AdapterSpec], dict[str, np.ndarray]]
 ) -> None:

@@ -57,11 +57,14 @@ def test_rows_of_one_length_fill_a_pass_whichever_site_they_are_of() -> None:
 
 
 def test_a_unit_is_in_one_pass_as_a_whole() -> None:
-    sites = [[batch(16, 4, [7, 7, 9])], [batch(16, 4, [1, 2, 1, 1])]]
-    assert told(list(filled(sites))) == [[(0, [0, 1, 2])], [(1, [0, 2, 3]), (1, [1])]] or told(list(filled(sites))) == [
-        [(0, [0, 1, 2])],
-        [(1, [0, 2, 3, 1])],
-    ]
+    """One more row would fit into the first pass, but not both rows of the second site's first unit."""
+    sites = [[batch(16, 4, [7, 7, 9])], [batch(16, 4, [1, 2, 1])]]
+    assert told(list(filled(sites))) == [[(0, [0, 1, 2])], [(1, [0, 2, 1])]]
+
+
+def test_a_full_batch_stays_as_it_is() -> None:
+    sites = [[plain(16, 4, 3)], [plain(16, 4, 4), plain(16, 4, 1)]]
+    assert told(list(filled(sites))) == [[(1, [0, 1, 2, 3])], [(0, [0, 1, 2]), (1, [0])]]
 
 
 def test_sites_without_rows_have_no_part() -> None:
