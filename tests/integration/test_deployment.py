@@ -213,7 +213,7 @@ def test_a_submitted_run_completes_and_leaves_its_documented_folder(finished: Fi
     found = {path.name for path in finished.out.iterdir() if not path.name.startswith(".")}
     assert found == {
         *("run.toml", "manifest.json", "sites.json", "heads.jsonl", "rounds.jsonl", "rounds", "checkpoint"),
-        *("adapter", "tensorboard", "summary.json"),
+        *("adapter", "tensorboard", "answers.json", "summary.json"),
     }
     history = _history(finished.out)
     assert [(record["round"], record["phase"]) for record in history] == [

@@ -197,7 +197,7 @@ def one_layer_unclipped(original: Callable[..., Any]) -> Callable[..., Any]:
     return factors
 
 
-@fault(trainer, "_losses")
+@fault(trainer, "weighted_losses")
 def loss_averaged_over_the_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda model, batch, cut: original(model, batch, cut) / (batch.weights > 0).sum().clamp(min=1)
 
