@@ -23,7 +23,7 @@ demo: setup  ## five synthetic hospitals, end to end, in a few minutes
 	$(BIN)/consilium simulate
 
 test: setup  ## every test that has to pass, offline, in JOBS=2 processes
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25
 
 test-slow: setup  ## the tests that take longer
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --durations=15
