@@ -151,7 +151,7 @@ def _simulation(rows: list[dict[str, Any]]) -> str:
             )
         elif stage == "prefix":
             lines.append(
-                f"- top 2 of 6 layers, frozen-prefix cache ({cell}): {row['faster_than']['plain']:.2f} × as fast "
+                f"- top 2 of 6 layers, frozen-prefix cache ({cell}): {row['faster_than_plain']:.2f} × as fast "
                 "as the bare loop with all six adapted"
             )
         elif stage == "cores":

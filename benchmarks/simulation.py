@@ -34,7 +34,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -363,13 +363,25 @@ def child(data: str, what: str, how: str) -> Row:
     """``start`` with a cache folder, or ``crowd`` with a number of sites."""
     if what == "start":
         config = configured(data, WORK, 1, f"simulation.cache={how}", layers=2)
-        row = _first_round(config)
-        return {name: row[name] for name in ("seconds_to_first_message", "base_evaluation_seconds")}
+        return _until_first_message(config)
     count = int(how)
     settings = [f"data.sites={how}", 'data.site_column=""', f"server.cohort={min(1.0, COHORT / count)}"]
     tables = configured(data, WORK, 1, *settings, layers=1).model_dump(mode="json", exclude_unset=True)
     tables["phase"] = [{"name": "lora", "rounds": 3, "sample_rate": 1.0, "train": ["head", "lora"]}]
     return _first_round(validate(RunConfig, tables, "benchmark"))
+
+
+def _until_first_message(config: RunConfig) -> Row:
+    """Ends the run where its first round would start."""
+    model = resident_model(config)
+    clock = _Rounds(time.perf_counter(), stop=True)
+    with tempfile.TemporaryDirectory() as folder:
+        federation = Federation(config, model)
+        arm = Arm("benchmark", Path(folder) / "run", config, tuple(federation.parts))
+        with suppress(_Started):
+            federation.run(arm, "benchmark", False, lambda title, count: nullcontext(clock))
+    evaluation = clock.records[0]["seconds"]["evaluate"]
+    return {"seconds_to_first_message": round(clock.started - evaluation, 3), "base_evaluation_seconds": evaluation}
 
 
 def _first_round(config: RunConfig) -> Row:
@@ -397,15 +409,21 @@ def _first_round(config: RunConfig) -> Row:
 class _Rounds(Silent):
     """When the base was evaluated, which is when the first round starts; and every round."""
 
-    def __init__(self, loaded: float) -> None:
+    def __init__(self, loaded: float, stop: bool = False) -> None:
         self.records: list[Mapping[str, Any]] = []
-        self.started, self._loaded = 0.0, loaded
+        self.started, self._loaded, self._stop = 0.0, loaded, stop
 
     def round(self, record: Mapping[str, Any]) -> None:
         """Keeps it."""
         if record["round"] == 0:
             self.started = time.perf_counter() - self._loaded
         self.records.append(record)
+        if self._stop:
+            raise _Started
+
+
+class _Started(Exception):
+    """The first round would start now."""
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:

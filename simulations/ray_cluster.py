@@ -32,6 +32,8 @@ ANSWERS_WITHIN = 5.0
 """Seconds until something must answer at ``simulation.ray_address``."""
 SHORT = "/tmp"
 """Where a local Ray has its files while it runs. The names of its sockets must not be longer than 107 bytes."""
+TOO_SLOW = "timed out during startup"
+"""What Ray says when its own processes take more than 30 s to start."""
 NO_PHONE_HOME = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -97,14 +99,22 @@ def cluster(section: SimulationSection) -> Iterator[None]:
 
 def _start(ray: Any, folder: Path) -> None:
     """With every core that this process may use, and every GPU that Ray finds."""
-    ray.init(
-        address="local",
-        num_cpus=usable_cores(),
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE,
-        _temp_dir=str(folder),
-        **_of_every_job(),
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=usable_cores(),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE,
+            _temp_dir=str(folder),
+            **_of_every_job(),
+        )
+    except Exception as error:  # Ray's own kind of a start that took more than 30 s
+        if TOO_SLOW not in str(error):
+            raise
+        raise ConnectionFailed(
+            "simulation.engine = 'ray': Ray did not start on this machine within 30 s; try again when it is less busy, "
+            "or use simulation.engine = 'in-process'"
+        ) from None
 
 
 def _join(ray: Any, address: str) -> None:

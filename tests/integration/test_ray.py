@@ -36,7 +36,7 @@ from common.sections import SimulationSection
 from server.rounds import Progress, Silent
 from simulations import ray_actors
 from simulations.federation import Arm, Engine, Federation, Trained
-from simulations.ray_cluster import cluster
+from simulations.ray_cluster import TOO_SLOW, cluster
 from simulations.ray_engine import RayEngine
 from simulations.ray_sites import Footing
 
@@ -71,15 +71,26 @@ def nodes() -> Iterator[Any]:
     from ray.cluster_utils import Cluster
 
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20, "include_dashboard": False}
+    node = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 * 2**20}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # Ray's own files
-        running = Cluster(initialize_head=True, head_node_args=node)
-        node.pop("include_dashboard")
-        running.add_node(**node)
+        running = Cluster()
+        started(running, {**node, "include_dashboard": False})
+        started(running, node)
         yield running
         running.shutdown()
         gc.collect()
+
+
+def started(nodes: Any, node: Mapping[str, Any], attempts: int = 3) -> None:
+    """Adds a node; Ray gives its processes 30 s to start, which a busy machine may not keep."""
+    for attempt in range(1, attempts + 1):
+        try:
+            nodes.add_node(**node)
+            return
+        except Exception as error:
+            if TOO_SLOW not in str(error) or attempt == attempts:
+                raise
 
 
 @pytest.fixture(scope="module")
