@@ -144,10 +144,10 @@ def _simulation(rows: list[dict[str, Any]]) -> str:
                 f"the same batches, {plain['median']:.2f} of one that pads each step to its longest example"
             )
         elif stage == "little":
-            extra, wall = row["over_same"]["extra_core_ms_per_client_round"], row["extra_wall_ms_per_client_round"]
+            extra = row["over_same"]["extra_core_ms_per_client_round"]
             lines.append(
                 f"- beyond the bare loop, per client-round of 1 step × batch 2 ({cell}): {extra['median']:.1f} ms of "
-                f"core time, {wall['median']:.1f} ms of wall time"
+                f"core time (from {extra['min']:.1f} to {extra['max']:.1f}, {extra['n']} rounds)"
             )
         elif stage == "prefix":
             lines.append(
