@@ -61,6 +61,15 @@ class Head:
         scores: Floats = features @ self.weight.T + self.bias
         return scores
 
+    def spread(self, features: Floats) -> float:
+        """Root mean square of the logits about their mean over the classes: how sure the head is of itself."""
+        logits = self.logits(features)
+        return float(np.sqrt(np.mean((logits - logits.mean(axis=1, keepdims=True)) ** 2)))
+
+    def times(self, factor: float) -> Head:
+        """The head that answers the same, and is as many times as sure."""
+        return Head(factor * self.weight, factor * self.bias)
+
     def towards(self, other: Head, share: float) -> Head:
         """The average with another."""
         return Head(
@@ -92,7 +101,10 @@ def discriminant(head: Head, features: Floats) -> Head:
 
 
 def refined(head: Head, features: Floats, deviation: float) -> Head:
-    """The head after ``PASSES`` averages with a discriminant of its own texts.
+    """The head after ``PASSES`` averages with a discriminant of its own texts, as sure of itself as it was.
+
+    A discriminant of few texts in many dimensions is far too sure, so the result is brought to the spread of logits
+    that the head had; that changes no answer.
 
     Args:
         features: [n, d] of texts that nobody's privacy stands behind.
@@ -103,7 +115,8 @@ def refined(head: Head, features: Floats, deviation: float) -> Head:
     best = head
     for _ in range(PASSES if share > 0 else 0):
         best = head.towards(discriminant(best, features), share)
-    return best
+    spread = best.spread(features)
+    return best.times(head.spread(features) / spread) if best is not head and spread > 0 else best
 
 
 class Refiner:

@@ -87,6 +87,16 @@ def test_texts_that_are_sorted_without_doubt_give_the_discriminant_of_another_li
         np.testing.assert_allclose(one - one.mean(axis=0), theirs - theirs.mean(axis=0), rtol=0.05, atol=0.1)
 
 
+def as_sure_as(head: Head, other: Head, features: np.ndarray[Any, Any]) -> Head:
+    """Another head, scaled so that its logits differ within a text as much as the first one's."""
+    return other.times(spread_of(head, features) / spread_of(other, features))
+
+
+def spread_of(head: Head, features: np.ndarray[Any, Any]) -> float:
+    """Root of the mean variance of a text's logits."""
+    return float((head.logits(features).var(axis=1).mean()) ** 0.5)
+
+
 # ---- the refined head -----------------------------------------------------------------------------------------------
 
 
@@ -101,7 +111,7 @@ def test_a_head_that_is_all_noise_gives_way_to_the_discriminant() -> None:
     features, _ = clusters(100)
     head = Head(features[:5], features[5:10, 0])
     found = refined(head, features, 1e6)
-    expected = discriminant(discriminant(head, features), features)
+    expected = as_sure_as(head, discriminant(discriminant(head, features), features), features)
     np.testing.assert_allclose(found.weight, expected.weight)
     np.testing.assert_allclose(found.bias, expected.bias)
 
@@ -110,9 +120,11 @@ def test_the_weight_is_the_square_of_the_share_of_noise(monkeypatch: pytest.Monk
     """Mean square 4 and variance 1: a quarter is noise, so the discriminant counts one in sixteen."""
     monkeypatch.setattr(refinement, "PASSES", 1)
     features, _ = clusters(100)
-    head = Head(np.full((5, 40), 2.0), np.full(5, 2.0))
+    weight = 2.0 * np.sign(np.random.default_rng(1).standard_normal((5, 40)))  # all squares are 4
+    head = Head(weight, np.full(5, 2.0))
     other = discriminant(head, features)
-    np.testing.assert_allclose(refined(head, features, 1.0).weight, 15 / 16 * head.weight + other.weight / 16)
+    mixed = Head(15 / 16 * head.weight + other.weight / 16, 15 / 16 * head.bias + other.bias / 16)
+    np.testing.assert_allclose(refined(head, features, 1.0).weight, as_sure_as(head, mixed, features).weight)
 
 
 @pytest.mark.parametrize(("noise", "gain"), [(0.3, 0.0), (0.6, 0.01), (1.0, 0.03)])
@@ -131,6 +143,17 @@ def test_a_noisy_head_sorts_other_texts_better_afterwards(noise: float, gain: fl
         before.append((head.logits(others).argmax(axis=1) == truth).mean())
         after.append((refined(head, own, noise).logits(others).argmax(axis=1) == truth).mean())
     assert np.mean(after) > np.mean(before) + gain
+
+
+def test_a_refined_head_is_as_sure_as_it_was_and_answers_as_the_average_does() -> None:
+    features, _ = clusters(200)
+    head = Head(0.1 * features[:5], features[5:10, 0])
+    found, mixed = refined(head, features, 0.1), head
+    share = min(1.0, 0.1**2 / np.mean(head.weight**2)) ** 2
+    for _ in range(refinement.PASSES):
+        mixed = head.towards(discriminant(mixed, features), share)
+    assert spread_of(found, features) == pytest.approx(spread_of(head, features))
+    np.testing.assert_array_equal(found.logits(features).argmax(axis=1), mixed.logits(features).argmax(axis=1))
 
 
 # ---- in a run -------------------------------------------------------------------------------------------------------
