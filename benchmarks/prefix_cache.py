@@ -48,7 +48,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 from client.privacy.mechanism import mechanism_for
 from client.privacy.sampling import RoundSecret
 from client.trainer import train_round
-from common.adapted import AdaptedModel, Cut
+from common.adapted import AdaptedModel
+from common.cuts import Cut
 from common.examples import Batch, Examples
 from common.messages import PhaseStatement
 from common.model import Placement, load_base

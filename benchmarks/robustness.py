@@ -56,7 +56,7 @@ from common.toml_settings import apply_overrides, read_toml, validate
 from server.checkpoint import RunFolder
 from server.norm_bound import largest_norm, norm
 from server.prepare import TEST
-from server.rounds import Silent
+from server.watcher import Silent
 from simulations.federation import Arm, Federation
 from simulations.workers import Workers
 
@@ -175,13 +175,13 @@ class Besieged(Federation):
     ) -> Iterator[Mapping[str, SiteService]]:
         bad, honest = self.order[: self.cell.hostile], dict(self.examples)
         if self.cell.attack == "labels":
-            self.examples.update({name: flipped(self.examples[name], len(self.config.task.labels)) for name in bad})
+            self.examples.made.update({name: flipped(honest[name], len(self.config.task.labels)) for name in bad})
         try:
             with super().sites(arm, plan, coordinator, workers) as sites:
                 attacked = {name: Hostile(sites[name], self.cell.attack, plan, sites) for name in bad}
                 yield {**sites, **attacked}
         finally:
-            self.examples.update(honest)
+            self.examples.made.update(honest)
 
 
 def flipped(examples: Examples, labels: int) -> Examples:

@@ -42,7 +42,8 @@ from common.config import RunConfig
 from common.sections import WireSection
 from common.toml_settings import apply_overrides, read_toml, validate
 from server.prepare import TEST
-from server.rounds import VALIDATION, Silent
+from server.rounds import VALIDATION
+from server.watcher import Silent
 from simulations.federation import Arm, Federation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +51,8 @@ CELLS, TABLE = RESULTS / "utility.jsonl", RESULTS / "utility.md"
 EPSILONS: tuple[float | None, ...] = (None, 8.0, 3.0, 1.0)
 RATES = (0.5, 4.0)
 """Learning rates of the LoRA phase in the race."""
+WITHOUT_MOMENTUM = ("flexlora", "fedex")
+"""They take the mean of the sites' products as it is; their LoRA phase runs without the recipe's server momentum."""
 METRICS = ("accuracy", "macro_f1")
 ROWS: tuple[int | None, ...] = (None, 4000, 1500)
 """Training rows of the nine sites together in the stage ``refined``."""
@@ -66,7 +69,9 @@ def configured(
     config = validate(RunConfig, tables, "benchmark")
     if not algorithm:
         return config
-    change = {"algorithm": algorithm} | ({"learning_rate": rate} if rate else {})
+    change: dict[str, Any] = {"algorithm": algorithm} | ({"learning_rate": rate} if rate else {})
+    if algorithm in WITHOUT_MOMENTUM:
+        change["server_momentum"] = 0.0
     phases = tuple(one.model_copy(update=change) if "lora" in one.train else one for one in config.phases)
     return config.model_copy(update={"phase": phases})
 

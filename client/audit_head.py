@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.durable import sync_folder
+from common.durable import sync_folder
 from common.errors import LedgerError
 from common.signing import AUDIT_HEAD, SigningKey, is_public_key, verify
 

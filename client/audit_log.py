@@ -32,7 +32,7 @@ from client.audit_chain import (
     read_entries,
 )
 from client.audit_head import Head, head_file, store_head, stored_head
-from client.durable import sync_folder
+from common.durable import sync_folder
 from common.errors import LedgerError
 from common.signing import SigningKey
 

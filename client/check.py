@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from client.assemble import UNIT, policy_of, rows_of
 from client.config import SiteConfig
 from client.exposure import TRUSTING, welcome_users
+from client.policy import Policy, rounded
 from common.code import code_digest
 from common.data.read import Rows
 from common.data.split import count, select
 from common.data.units import NO_UNIT, count_units, units_of
 from common.errors import ConfigError, DataError
+from common.messages import UNDERSTATED
 from common.model import Placement, digest_of, load_base, locate
 from common.sections import TaskSection
 from common.tasks.base import Fault, Task
@@ -65,18 +67,19 @@ def check_site(
             "faults": len({fault.row for fault in faults}),
             "first_faults": [vars(fault) for fault in faults[:SHOWN]],
         }
+    policy = policy_of(config)
     shared = {
         "site": config.site.name,
         "populations": {
-            name: {"public_size": one.public_size, "unit": one.unit}
-            for name, one in policy_of(config).populations.items()
+            name: {"public_size": one.public_size, "unit": one.unit} for name, one in policy.populations.items()
         },
         "tasks": list(config.policy.tasks),
         "max_rank": config.policy.max_rank,
         "code_digest": code_digest(),
     }
     models = {name: digest_of(locate(name)) for name in config.models}
-    remarks = [*_remarks(config, models, source), *([_assumption(assumed)] if assumed else [])]
+    remarks = [*_remarks(config, models, source), *_understated(policy, data)]
+    remarks += [_assumption(assumed)] if assumed else []
     return {"data": data, "models": models, "shared": shared, "remarks": remarks}
 
 
@@ -137,6 +140,19 @@ def labels_in(config: SiteConfig) -> tuple[str, ...]:
 def _assumption(labels: tuple[str, ...]) -> str:
     few = ", ".join(map(repr, labels[:SHOWN])) + (", ..." if len(labels) > SHOWN else "")
     return f"every label that occurs was taken for a label of the plan ({len(labels)}: {few}); name a plan's: --labels"
+
+
+def _understated(policy: Policy, data: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """Data sets with more units than a coordinator, who knows the declared size alone, counts on."""
+    for name, entry in data.items():
+        declared = policy.populations[entry["population"]].public_size
+        if entry["units"] > UNDERSTATED * declared:
+            yield (
+                f"populations.{entry['population']}.public_size = {declared}: data '{name}' holds {entry['units']} "
+                f"privacy units, more than {UNDERSTATED:g} times as many; what is promised holds all the same, but a "
+                "coordinator may find this site's updates too long to be honest and turn them away, and what they "
+                f"spent stays spent. Declare {rounded(entry['units'])} before the agent first starts: then it is fixed"
+            )
 
 
 def _remarks(config: SiteConfig, models: dict[str, str], source: Path | None) -> Iterator[str]:

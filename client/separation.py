@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from client.config import SiteConfig
-from client.durable import put
 from common.config import SCHEMA_VERSION
+from common.durable import put
 from common.errors import ConfigError
 from common.signing import SEPARATION, SigningKey, verify
 from common.toml_settings import read_toml, validate

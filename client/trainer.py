@@ -14,9 +14,10 @@ from client import noised_gradient
 from client.privacy.mechanism import PrivacyMechanism
 from client.privacy.metrics import row_metrics
 from client.privacy.sampling import RoundSecret, examples_of
-from common.adapted import AdaptedModel, Cut
+from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.algorithms import LOCAL_RULES
+from common.cuts import Cut
 from common.errors import ConsiliumError
 from common.examples import Batch, Examples
 from common.messages import Tensors

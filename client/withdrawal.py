@@ -28,13 +28,13 @@ from typing import Any
 import numpy as np
 
 from client.config import SiteConfig, SiteDataSection
-from client.durable import sync_folder
 from client.privacy.agent_lock import agent_lock
 from client.privacy.ledger import existing_ledger
 from client.record_files import Rows, copy_name, copy_without, count, ids_in, is_copy
 from client.withdrawal_journal import Journal, finish, is_open, journal_file, seen_now
 from common.data.read import SUFFIXES
 from common.data.units import units_of
+from common.durable import sync_folder
 from common.errors import ConfigError, DataError, WireError, did_you_mean
 from common.plan import read_plan
 

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from client.audit_log import AuditLog
 from client.config import SiteConfig
-from client.durable import put, sync_folder
 from client.privacy.ledger import Decision, existing_ledger
 from client.privacy.ledger_entries import PlanEntry
 from client.record_files import copy_name
 from common.config import SCHEMA_VERSION
+from common.durable import put, sync_folder
 from common.errors import DataError
 from common.prefix_files import cache_folder, wipe
 

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 import transformers
 
-from common.adapted import INPUT, AdaptedModel, Cut
+from common.adapted import AdaptedModel
+from common.cuts import INPUT, Cut
 from common.data.units import count_units
 from common.prefix_files import PrefixCache
 from common.prefixes import CACHE_LIMIT, Layout, Prefixes, prefix_by_row

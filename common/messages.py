@@ -17,6 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 SCHEMA_VERSION = 1
+UNDERSTATED = 1.1
+"""A site's true number of privacy units is counted on to be at most so many times its declared public size."""
 Tensors = Mapping[str, npt.NDArray[np.float32]]
 """Canonical name → fp32 array."""
 WireTensors = Mapping[str, npt.NDArray[Any]]

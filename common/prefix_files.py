@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from common.adapted import Cut
+from common.cuts import Cut
+from common.durable import sync_folder
 from common.prefixes import Layout, Memory, Prefixes, Values, reason
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ class PrefixCache:
             os.pwrite(descriptor, json.dumps(header).encode().ljust(HEADER), 0)
             os.fsync(descriptor)
             os.replace(part, self._path(cut))
-            _sync(folder)
+            sync_folder(folder)
         except BaseException:
             file.close()
             Path(part).unlink(missing_ok=True)
@@ -212,14 +213,6 @@ def _header(cut: Cut, origin: str, layout: Layout) -> dict[str, Any]:
 
 def _origin(path: Path) -> object:
     return PrefixFile(os.open(path, os.O_RDONLY | os.O_NOFOLLOW)).header().get("origin")
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _gib(size: int) -> str:

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from common.adapted import AdaptedModel, Cut
+from common.adapted import AdaptedModel
+from common.cuts import Cut
 
 log = logging.getLogger(__name__)
 

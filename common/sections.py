@@ -305,6 +305,11 @@ class ServerSection(Section):
     signing_key: Path | None = None
     """The coordinator's private key (``consilium server keygen``); sites pin its public half, and take no plan that it
     has not signed. A simulation makes one of its own."""
+    device: str = "auto"
+    """Where the coordinator of a deployment evaluates: ``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda``
+    or ``cuda:N``. A simulation's one model is where ``simulation.device`` says."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of that model. ``auto``: bfloat16 on a GPU that has it, else float32."""
 
 
 class EvaluationSection(Section):

@@ -18,9 +18,10 @@ from common.errors import ConsiliumError, OutputError, RunFailed
 from common.logs import LogFormat, set_up_logging
 from common.toml_settings import validate
 from server.checkpoint import RunFolder, to_json, write_atomically
+from server.judgement import judge
 from server.lock import RunLock
 from server.mailbox import GARBLED
-from server.prepare import TEST, prepare
+from server.prepare import prepare
 from server.report import finish, manifest
 from server.rounds import Coordinator
 from server.settings import Submission, resolved_toml, signing_key
@@ -74,8 +75,7 @@ def coordinate(grid: Grid, submission: Submission) -> None:
         grid, config, prepared.plan, prepared.model, prepared.evaluator, folder, key, garbled=GARBLED
     )
     result = coordinator.run(prepared.initial)
-    test = prepared.evaluator.evaluate(result.adapter, TEST) if TEST in prepared.evaluator.splits else None
-    finish(prepared, submission.run_id, folder, result, test)
+    finish(prepared, submission.run_id, folder, result, judge(prepared, result))
 
 
 def _report(out: Path, error: ConsiliumError) -> None:

@@ -32,6 +32,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from common.durable import sync_folder
 from common.errors import OutputError
 from common.messages import Tensors
 from server.spill import SpilledReply
@@ -59,19 +60,11 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
                 os.fsync(stream.fileno())
         os.replace(temporary, path)
         if durable:
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
         raise OutputError(f"output {path}: cannot be written ({error.strerror}); free space or mend access") from None
-
-
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def to_json(value: Any) -> bytes:
@@ -192,7 +185,7 @@ class RunFolder:
                 if self.durable:
                     os.fsync(stream.fileno())
             if new and self.durable:
-                _sync_folder(self.path)
+                sync_folder(self.path)
         except OSError as error:
             raise OutputError(
                 f"output {file}: cannot be written ({error.strerror}); free space or mend access"

@@ -15,12 +15,15 @@ from common.adapted import AdaptedModel
 from common.data.load import encode_all, load_rows
 from common.data.read import Rows, has_split, is_file
 from common.data.split import count, select
-from common.errors import ConfigError, DataError, did_you_mean
+from common.errors import ConfigError, did_you_mean
 from common.examples import Examples
 from common.messages import Tensors
 from common.tasks.base import Generates, Scores
+from server.onednn import linear_maps
 
 LOWER_IS_BETTER = ("loss", "perplexity")
+PROPORTION = "accuracy"
+"""The metric that is a share of the examples, so that its standard error is known."""
 ROWS = 32
 """Rows of a physical batch in evaluation."""
 MOST_SITES = 1000
@@ -59,12 +62,7 @@ def held_out(
     Raises:
         DataError: missing, empty, or with rows that cannot be evaluated.
     """
-    try:
-        loaded = load_rows(source, split, model.task, columns, site_column, unit_column)
-    except DataError:
-        if site_column is None:
-            raise
-        loaded = load_rows(source, split, model.task, columns, unit_column=unit_column)
+    loaded = load_rows(source, split, model.task, columns, site_column, unit_column, sites_needed=False)
     rows, sites = loaded.rows, tuple("" if site is None else str(site) for site in loaded.sites)
     if limit is not None and count(rows) > limit:
         rows, sites = select(rows, range(limit)), sites[:limit]
@@ -99,45 +97,20 @@ class Evaluator:
     def evaluate(
         self, adapter: Tensors, split: str, advance: Callable[[int], None] = lambda examples: None
     ) -> dict[str, float]:
-        """The metrics of one split, ``examples`` (their number) among them.
+        """The metrics of one split, those of answers in free text among them.
+
+        Args:
+            advance: as for ``scores``.
+        """
+        scores = self.scores(adapter, split, advance)
+        return self.metrics_of(scores, **self.generated(adapter, split))
+
+    def scores(self, adapter: Tensors, split: str, advance: Callable[[int], None] = lambda examples: None) -> Scores:
+        """What all of an adapter's figures are computed from, row by row in the order of the split: one forward pass.
 
         Args:
             advance: called with the number of examples just scored.
         """
-        data = self.splits[split]
-        metrics = self.model.task.metrics(self._scores(adapter, split, advance))
-        if self.generate and isinstance(self.model.task, Generates):
-            rows = select(data.rows, range(min(self.generate, count(data.rows))))
-            metrics |= self.model.task.generated_metrics(self.model.network, self.model.base.tokenizer, rows)
-        return {**metrics, "examples": float(len(data.examples))}
-
-    def by_site(self, adapter: Tensors, split: str) -> dict[str, dict[str, float]]:
-        """The metrics of the rows that are like each site's, ``examples`` (their number) among them.
-
-        Returns:
-            site → metrics, in name order; empty where the split has no site column, or of too many sites. Rows that
-            name no site are left out.
-        """
-        sites = np.array(self.splits[split].sites)
-        names = [str(name) for name in np.unique(sites) if name]
-        if not names or len(names) > MOST_SITES:
-            return {}
-        scores = self._scores(adapter, split)
-        found = {}
-        for name in names:
-            own = {key: values[sites == name] for key, values in scores.items()}
-            found[name] = {**self.model.task.metrics(own), "examples": float((sites == name).sum())}
-        return found
-
-    def right(self, adapter: Tensors, split: str) -> list[bool] | None:
-        """Whether each row is answered rightly, in the split's order; ``None`` where no answer is right or wrong."""
-        scores = self._scores(adapter, split)
-        if not {"predicted", "label"} <= scores.keys():
-            return None
-        return [bool(right) for right in scores["predicted"] == scores["label"]]
-
-    def _scores(self, adapter: Tensors, split: str, advance: Callable[[int], None] = lambda examples: None) -> Scores:
-        """What the metrics are computed from, row by row in the order of the split."""
         data = self.splits[split]
         self.model.load(adapter)
         cut = self.model.cut_for(
@@ -147,16 +120,62 @@ class Evaluator:
         order: list[npt.NDArray[np.int64]] = []
         with torch.no_grad():
             for batch in data.examples.batches(np.arange(len(data.examples)), ROWS, self.model, cut):
-                logits = self.model.top(batch.inputs, batch.mask, cut)[: len(batch.indices)]
+                with linear_maps():
+                    logits = self.model.top(batch.inputs, batch.mask, cut)[: len(batch.indices)]
                 parts.append(self.model.task.score(logits, batch.targets[: len(batch.indices)]))
                 order.append(batch.indices)
                 advance(len(batch.indices))
         row = np.argsort(np.concatenate(order))
         return {key: np.concatenate([part[key] for part in parts])[row] for key in parts[0]}
 
+    def generated(self, adapter: Tensors, split: str) -> dict[str, float]:
+        """Metrics of answers in free text to the first examples of a split; empty where none are asked for."""
+        if not (self.generate and isinstance(self.model.task, Generates)):
+            return {}
+        self.model.load(adapter)
+        data = self.splits[split]
+        rows = select(data.rows, range(min(self.generate, count(data.rows))))
+        return self.model.task.generated_metrics(self.model.network, self.model.base.tokenizer, rows)
+
+    def metrics_of(self, scores: Scores, **generated: float) -> dict[str, float]:
+        """The metrics of all rows that were scored, ``examples`` (their number) among them.
+
+        Args:
+            generated: metrics of answers in free text, to stand beside them.
+        """
+        examples = len(next(iter(scores.values())))
+        return {**self.model.task.metrics(scores), **generated, "examples": float(examples)}
+
+    def by_site(self, scores: Scores, split: str) -> dict[str, dict[str, float]]:
+        """The metrics of the rows that are like each site's.
+
+        Args:
+            scores: of this split.
+
+        Returns:
+            site → metrics, in name order; empty where the split has no site column, or of too many sites. Rows that
+            name no site are left out.
+        """
+        site = np.array(self.splits[split].sites)
+        return {
+            name: self.metrics_of({key: values[site == name] for key, values in scores.items()})
+            for name in self.sites(split)
+        }
+
+    def sites(self, split: str) -> tuple[str, ...]:
+        """Which sites a split is told apart by, in name order."""
+        names = sorted({name for name in self.splits[split].sites if name})
+        return () if len(names) > MOST_SITES else tuple(names)
+
+    def right(self, scores: Scores) -> list[bool] | None:
+        """Whether each row is answered rightly; ``None`` where no answer is right or wrong."""
+        if not {"predicted", "label"} <= scores.keys():
+            return None
+        return [bool(right) for right in scores["predicted"] == scores["label"]]
+
     def standard_error(self, metrics: Mapping[str, float]) -> float | None:
         """Of an accuracy p on n examples, √(p(1 - p)/n); ``None`` where the metric is no proportion."""
-        if self.metric != "accuracy":
+        if self.metric != PROPORTION:
             return None
         return sqrt(max(0.0, metrics[self.metric] * (1 - metrics[self.metric]) / metrics["examples"]))
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from common.config import RunConfig
 from common.errors import ConnectionFailed, ConsiliumError, OutputError, RunFailed
@@ -18,9 +18,7 @@ from server.checkpoint import RunFolder
 from server.lock import RunLock
 from server.settings import Submission, absolute, read_run, resolved_toml, signing_key
 from server.submission import SuperLinkAddress, run_status, stop, submit
-
-if TYPE_CHECKING:
-    from server.rounds import Progress  # it would import torch, for which this command has no use
+from server.watcher import Progress
 
 log = logging.getLogger(__name__)
 

@@ -55,7 +55,7 @@ import numpy as np
 
 from common.adapter import AdapterSpec
 from common.errors import PrivacyError
-from common.messages import PhaseStatement, SiteDescription, Tensors
+from common.messages import UNDERSTATED, PhaseStatement, SiteDescription, Tensors
 from common.number_formats import LEVELS, NumberFormat
 from common.plan import Plan
 from common.privacy.accounting import PhaseLoad, calibrate, default_delta
@@ -68,9 +68,6 @@ overflow."""
 
 FALSE_ALARM = 1e-9
 """Probability that an honest site's update is found too long in any round of a run."""
-
-UNDERSTATED = 1.1
-"""A true size is at most so many times the declared one (``client.policy.rounded``)."""
 
 _FIRST, _SECOND = 0.9, 0.999
 """β₁ and β₂ of the sites' AdamW."""

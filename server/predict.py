@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.adapted import INPUT, AdaptedModel
+from common.adapted import AdaptedModel
 from common.adapter import load_adapter
+from common.cuts import INPUT
 from common.data.read import read_rows
 from common.errors import AdapterError
 from common.examples import Examples

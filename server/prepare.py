@@ -22,19 +22,23 @@ from server.aggregation.registry import aggregator_for
 from server.evaluation import ROWS, Evaluator, HeldOut, held_out, test_exists
 from server.feature_map import fitted
 from server.rounds import VALIDATION
+from server.selection import Selection
 
 TEST = "test"
 
 
-def resident_model(config: RunConfig) -> AdaptedModel:
+def resident_model(config: RunConfig, placement: Placement | None = None) -> AdaptedModel:
     """Loads the base model once and attaches the run's adapter.
+
+    Args:
+        placement: where it runs; empty: as ``[simulation]`` says, whose sites use the same model.
 
     Raises:
         ModelError: the model does not fit the settings.
     """
-    task = task_of(config.task)
-    simulation = config.simulation
-    placement = Placement.choose(simulation.device, simulation.dtype, simulation.gradient_checkpointing)
+    task, simulation = task_of(config.task), config.simulation
+    if placement is None:
+        placement = Placement.choose(simulation.device, simulation.dtype, simulation.gradient_checkpointing)
     base: BaseModel = load_base(locate(config.model.name, config.model.revision), task, placement, config.task.pooling)
     return AdaptedModel(base, task_of(with_feature_map(config, base)), config.lora)
 
@@ -111,16 +115,20 @@ def prepare(
 ) -> Prepared:
     """Loads what is not given, and makes the plan.
 
+    Args:
+        model: of a simulation; a deployment's is loaded here, and placed as ``[server]`` says.
+
     Raises:
         ConsiliumError: settings, model or evaluation data do not fit.
     """
-    model = model or resident_model(config)
+    model = model or resident_model(config, Placement.choose(config.server.device, config.server.dtype))
     evaluator = evaluator or Evaluator(
         model, splits(config, model), config.evaluation.metric, config.evaluation.generate
     )
     for phase in config.phases:
         model.trained_in(phase, 1)  # says now if a phase asks for layers that are not there
     config = config.model_copy(update={"task": model.task.settings})
+    Selection(evaluator, config.evaluation.selection, config.privacy.mechanism != "none")  # says now if it cannot
     initial = initial_adapter(config, model, evaluator.splits[VALIDATION].examples)
     for phase in config.phases:
         aggregator_for(phase).init(initial)  # says now if settings cannot be combined

@@ -13,9 +13,10 @@ evaluated, kept, and what a next phase starts from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from scipy.special import log_softmax
 from common.adapted import AdaptedModel
 from common.adapter import FEATURE_MAP, AdapterState
 from common.examples import Examples
-from common.messages import Tensors
+from common.messages import Tensors, adapter_digest, tensor_digest
 from common.sections import PhaseSection
 from server.evaluation import ROWS
 
@@ -34,6 +35,15 @@ RIDGE = 0.1
 """Added to each within-class variance, as a multiple of the mean variance of the features."""
 
 Floats = npt.NDArray[np.float64]
+
+
+def step_deviations(history: Iterable[Mapping[str, Any]], phase: str) -> list[float]:
+    """Deviation of the noise in each number of the server's step, for each round of a phase.
+
+    Args:
+        history: records of finished rounds, the first first.
+    """
+    return [float(record["noise"]) for record in history if record["phase"] == phase]
 
 
 def accumulated(deviations: Sequence[float], momentum: float) -> float:
@@ -132,6 +142,8 @@ class Refiner:
         self._weight = next((name for name in names if name.endswith("weight")), "")
         self._bias = next((name for name in names if name.endswith("bias")), "")
         self._names = names
+        self._seen: tuple[str, Floats] | None = None
+        """Digest of the last feature map, and what a head behind it sees of the texts."""
 
     def refined(self, adapter: Tensors, phase: PhaseSection, deviations: Sequence[float]) -> AdapterState:
         """The adapter with its head refined, where the phase asks for it and the head is one linear map on features
@@ -157,7 +169,15 @@ class Refiner:
         return {**state, self._weight: weight.astype(np.float32), self._bias: better.bias.astype(np.float32)}
 
     def _features(self, adapter: Tensors) -> Floats:
-        """What the head sees of the texts [n, d]; rows that are not finite are left out."""
+        """What the head sees of the texts [n, d]; computed once for a feature map, since every round has the same."""
+        digests = {name: tensor_digest(array) for name, array in adapter.items() if name.startswith(FEATURE_MAP)}
+        digest = adapter_digest(digests)
+        if self._seen is None or self._seen[0] != digest:
+            self._seen = digest, self._mapped(adapter)
+        return self._seen[1]
+
+    def _mapped(self, adapter: Tensors) -> Floats:
+        """The features behind the adapter's map [n, d]; rows that are not finite are left out."""
         features = self.texts.frozen_features(self.model, ROWS).float().cpu().numpy().astype(np.float64)
         if self.model.maps_features:
             weight, bias = (np.asarray(adapter[f"{FEATURE_MAP}{name}"], np.float64) for name in ("weight", "bias"))

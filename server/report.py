@@ -15,8 +15,9 @@ from common.code import code_digest
 from common.messages import SiteDescription
 from common.sections import LoraSection
 from server.checkpoint import SCHEMA_VERSION, RunFolder, to_json, write_atomically
-from server.prepare import TEST, Prepared
-from server.rounds import VALIDATION, Result
+from server.judgement import Judgement
+from server.prepare import Prepared
+from server.rounds import Result
 
 PACKAGES = ("consilium", "torch", "transformers", "peft", "opacus", "flwr", "numpy", "safetensors")
 
@@ -90,40 +91,27 @@ def finish(
     run_id: str,
     folder: RunFolder,
     result: Result,
-    test: Mapping[str, float] | None,
+    judgement: Judgement,
     more: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Writes adapter, TensorBoard events, answers and summary; returns the summary.
 
     Args:
-        test: metrics on the test split, which is looked at once.
+        judgement: of the result's adapter.
         more: further entries of the summary.
     """
     adapter = folder.path / "adapter"
-    content = {**summary(prepared, run_id, result, test, adapter), **by_site(prepared, result), **(more or {})}
+    sites = {"by_site": {"split": judgement.split, "sites": judgement.by_site}} if judgement.by_site else {}
+    content = {**summary(prepared, run_id, result, judgement.test, adapter), **sites, **(more or {})}
     statements = {site: entry["privacy"] for site, entry in content["sites"].items()}
     lora = prepared.config.lora.at_rank(rank_of(result.adapter) or prepared.config.lora.r)
     save_adapter(adapter, result.adapter, prepared.model.peft_config(lora), card(prepared, run_id, lora, statements))
     write_events(folder.path / "tensorboard", result.history)
-    right = prepared.evaluator.right(result.adapter, split := final_split(prepared))
-    if right is not None:
-        write_atomically(folder.path / "answers.json", to_json({"split": split, "right": right}))
+    if judgement.right is not None:
+        answers = {"split": judgement.split, "right": judgement.right}
+        write_atomically(folder.path / "answers.json", to_json(answers))
     write_atomically(folder.path / "summary.json", to_json(content))
     return content
-
-
-def final_split(prepared: Prepared) -> str:
-    """The split that the finished adapter is judged on: the test split where there is one."""
-    return TEST if TEST in prepared.evaluator.splits else VALIDATION
-
-
-def by_site(prepared: Prepared, result: Result) -> dict[str, Any]:
-    """``by_site``: base and best adapter on the server's held-out rows that are like each site's; nothing where no
-    column of theirs names a site. Nothing is chosen by it."""
-    evaluator, split = prepared.evaluator, final_split(prepared)
-    base, best = (evaluator.by_site(adapter, split) for adapter in (prepared.initial, result.adapter))
-    sites = {site: {"base": base[site], "best": best[site]} for site in best}
-    return {"by_site": {"split": split, "sites": sites}} if sites else {}
 
 
 def card(prepared: Prepared, run_id: str, lora: LoraSection, statements: Mapping[str, Any]) -> dict[str, Any]:

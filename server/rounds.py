@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
@@ -45,10 +45,11 @@ from server.damping import damped, deviation
 from server.evaluation import Evaluator
 from server.mailbox import Mailbox
 from server.outbox import Asked, Outbox
-from server.refinement import Refiner
+from server.refinement import Refiner, step_deviations
 from server.roster import Roster, reasons
 from server.selection import Selection
 from server.site_metrics import site_metrics
+from server.watcher import Progress, Silent
 
 log = logging.getLogger(__name__)
 
@@ -56,35 +57,6 @@ POLL_SECONDS = 0.1
 VALIDATION = "validation"
 METRIC_BYTES = 4
 """A metric is one fp32 number, like an entry of a tensor."""
-
-
-class Progress(Protocol):
-    """What a run tells whoever watches it."""
-
-    def sites(self, described: Mapping[str, SiteDescription]) -> None:
-        """The sites that take part."""
-        ...
-
-    def reply(self, round: int, site: str, outcome: str) -> None:
-        """One site has answered."""
-        ...
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        """One round is finished."""
-        ...
-
-
-class Silent:
-    """Nobody watches."""
-
-    def sites(self, described: Mapping[str, SiteDescription]) -> None:
-        """Ignored."""
-
-    def reply(self, round: int, site: str, outcome: str) -> None:
-        """Ignored."""
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        """Ignored."""
 
 
 @dataclass
@@ -195,6 +167,12 @@ class Coordinator:
         return checkpoint
 
     def _one_round(self, before: Checkpoint) -> Checkpoint:
+        """Runs the round that comes next.
+
+        Its record's ``noise`` is the deviation of the noise in each number of the server's step where the updates are
+        averaged. For the robust rules (median, trimmed-mean, multi-krum) it is that of the weighted mean all the same,
+        and only approximates theirs.
+        """
         round = before.next_round
         phase = self.plan.phase_of(round)
         aggregator = aggregator_for(phase)
@@ -216,7 +194,7 @@ class Coordinator:
             update, told[site] = self.folder.reply(round, site).parted()
             state = aggregator.accumulate(state, update, weights[site])
         state, adapter = aggregator.finish(state)
-        adapter = self.refiner.refined(adapter, phase, [*_noise(before.history, phase.name), noise])
+        adapter = self.refiner.refined(adapter, phase, [*step_deviations(before.history, phase.name), noise])
         clock.lap("aggregate")
         metrics = self.evaluator.evaluate(adapter, VALIDATION)
         clock.lap("evaluate")
@@ -244,7 +222,7 @@ class Coordinator:
         adapter = _adapter_in(last.aggregator, AVERAGE) or _adapter_in(last.aggregator)
         if last.round == 0:
             return adapter
-        return self.refiner.refined(adapter, self.plan.phase_of(last.round), _noise(last.history, last.phase))
+        return self.refiner.refined(adapter, self.plan.phase_of(last.round), step_deviations(last.history, last.phase))
 
     def _advance(
         self, before: Checkpoint, record: dict[str, Any], adapter: AdapterState, aggregator: Mapping[str, Any]
@@ -404,8 +382,3 @@ def _since(start: float) -> float:
 def _adapter_in(arrays: Mapping[str, Any], part: str = "adapter") -> Tensors:
     """The adapter, or the average of adapters, in an aggregator's saved state; empty if there is none."""
     return {name.removeprefix(f"{part}/"): array for name, array in arrays.items() if name.startswith(f"{part}/")}
-
-
-def _noise(history: Iterable[Mapping[str, Any]], phase: str) -> list[float]:
-    """Deviations of the noise in the steps of a phase's rounds."""
-    return [float(record["noise"]) for record in history if record["phase"] == phase]

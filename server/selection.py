@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from server.evaluation import Evaluator
+from common.errors import ConfigError
+from server.evaluation import PROPORTION, Evaluator
 
 Record = Mapping[str, Any]
+ONE_STANDARD_ERROR = "one-standard-error"
 
 
 class Selection:
@@ -16,11 +18,19 @@ class Selection:
     Args:
         rule: ``best``, ``one-standard-error`` or ``auto``.
         private: whether the run is under DP, which decides ``auto``.
+
+    Raises:
+        ConfigError: the rule is asked for by name, and the metric has no standard error.
     """
 
     def __init__(self, evaluator: Evaluator, rule: str, private: bool) -> None:
+        if rule == ONE_STANDARD_ERROR and evaluator.metric != PROPORTION:
+            raise ConfigError(
+                f"evaluation.selection = '{rule}': of evaluation.metric = '{evaluator.metric}' no standard error is "
+                f"known; use evaluation.metric = '{PROPORTION}', or evaluation.selection = 'best'"
+            )
         self.evaluator = evaluator
-        self.doubts = rule == "one-standard-error" or (rule == "auto" and private)
+        self.doubts = rule == ONE_STANDARD_ERROR or (rule == "auto" and private)
 
     def keeps(self, record: Record, earlier: Sequence[Record]) -> bool:
         """Whether a finished round's adapter takes the place of the one kept so far."""

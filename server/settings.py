@@ -44,23 +44,30 @@ def resolved_toml(config: RunConfig) -> str:
 
 
 def absolute(config: RunConfig) -> RunConfig:
-    """The settings with every path that exists from here made absolute: the ServerApp works in another folder."""
+    """The settings with every path made absolute: the ServerApp works in another folder, and so does an actor of Ray.
+
+    A model or data set that is no path from here keeps its name: it may be one of the hub.
+    """
 
     def whole(path: str | None) -> str | None:
         return str(Path(path).expanduser().resolve()) if path and Path(path).expanduser().exists() else path
 
-    name, certificates, key = config.model.name, config.server.root_certificates, config.server.signing_key
+    def resolved(path: Path | None) -> Path | None:
+        return path and path.expanduser().resolve()
+
+    name, server, simulation = config.model.name, config.server, config.simulation
     return config.model_copy(
         update={
             "model": config.model.model_copy(update={"name": name if name == "minilm" else whole(name)}),
             "data": config.data.model_copy(update={"path": whole(config.data.path)}),
             "evaluation": config.evaluation.model_copy(update={"path": whole(config.evaluation.path)}),
-            "server": config.server.model_copy(
+            "server": server.model_copy(
                 update={
-                    "root_certificates": Path(certificates).expanduser().resolve() if certificates else None,
-                    "signing_key": Path(key).expanduser().resolve() if key else None,
+                    "root_certificates": resolved(server.root_certificates),
+                    "signing_key": resolved(server.signing_key),
                 }
             ),
+            "simulation": simulation.model_copy(update={"cache": resolved(simulation.cache)}),
         }
     )
 

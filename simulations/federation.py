@@ -37,8 +37,9 @@ from server.checkpoint import RunFolder
 from server.evaluation import Evaluator
 from server.prepare import Prepared, prepare, resident_model, splits
 from server.report import manifest
-from server.rounds import Coordinator, Progress, Result
+from server.rounds import Coordinator, Result
 from server.settings import resolved_toml
+from server.watcher import Progress
 from simulations.grid import InProcessGrid
 from simulations.partition import sites_of
 from simulations.sites import MadeWhenAsked, SimulatedSites

@@ -17,7 +17,6 @@ from ray.exceptions import RayError, RayTaskError
 
 from common.config import RunConfig
 from common.errors import ConfigError, ConsiliumError, OutputError, RunFailed
-from server.settings import absolute
 from simulations.ray_sites import Footing, Introduction, SiteActor
 
 READY_WITHIN = 600.0
@@ -169,13 +168,6 @@ def _mark(folder: Path) -> Iterator[Path]:
         raise OutputError(f"--out {folder}: cannot be written ({error.strerror}); give another folder") from None
     finally:
         mark.unlink(missing_ok=True)
-
-
-def for_actors(config: RunConfig) -> RunConfig:
-    """The settings with absolute paths: an actor works in another folder."""
-    config, cache = absolute(config), config.simulation.cache
-    simulation = config.simulation.model_copy(update={"cache": cache and cache.expanduser().resolve()})
-    return config.model_copy(update={"simulation": simulation})
 
 
 def dealt_out(sizes: Mapping[str, int], actors: int) -> list[list[str]]:

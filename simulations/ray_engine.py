@@ -30,9 +30,10 @@ from ray.exceptions import RayError, RayTaskError
 from common.config import RunConfig
 from common.errors import RunFailed
 from common.plan import Plan
+from server.settings import absolute
 from simulations.federation import Arm, Federation
 from simulations.grid import SimulatedGrid
-from simulations.ray_actors import LOOK_SECONDS, DiedEarly, Employer, Hired, NoRoom, dealt_out, first_line, for_actors
+from simulations.ray_actors import LOOK_SECONDS, DiedEarly, Employer, Hired, NoRoom, dealt_out, first_line
 from simulations.ray_sites import Assignment, Footing, Served
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ class RayEngine:
     def __init__(self, config: RunConfig, federation: Federation, folder: Path) -> None:
         self.posts: list[Post] = []
         self._sizes = {site: federation.public_size(site) for site in federation.parts}
-        self._employer = Employer(for_actors(config), folder.resolve(), Footing.of(federation))
+        self._employer = Employer(absolute(config), folder.resolve(), Footing.of(federation))
         self._home: dict[str, Post] = {}
         """Site → the post that serves it."""
         self._tasks: dict[str, Task] = {}

@@ -16,6 +16,7 @@ from typing import Any
 from common.adapter import AdapterState
 from common.config import RunConfig
 from server.checkpoint import RunFolder
+from server.judgement import Judgement, judge
 from server.prepare import TEST
 from server.report import finish
 from simulations.federation import Arm, Engine, Federation, Trained, Watch
@@ -52,11 +53,10 @@ def simulate(
                 federation.run(arm, identity, resume, watch, engine) for arm, identity in zip(arms, ids, strict=True)
             ]
     main = trained[0]
-    rows = _comparison(federation, trained) if config.simulation.compare else {"federated": _on_test(federation, main)}
-    more: dict[str, Any] = {"peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
-    if config.simulation.compare:
-        more["comparison"] = rows
-    return finish(main.prepared, run_id, folder, main.result, rows["federated"].get("test"), more)
+    judgement = judge(main.prepared, main.result)
+    comparison = {"comparison": _comparison(federation, trained, judgement)} if config.simulation.compare else {}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+    return finish(main.prepared, run_id, folder, main.result, judgement, {"peak_memory_mib": peak, **comparison})
 
 
 @contextmanager
@@ -83,8 +83,12 @@ def _arms(config: RunConfig, out: Path, sites: tuple[str, ...]) -> list[Arm]:
     return arms
 
 
-def _comparison(federation: Federation, trained: list[Trained]) -> dict[str, dict[str, Any]]:
-    """Base, best single site (chosen on validation), federated with and without privacy: validation and test."""
+def _comparison(federation: Federation, trained: list[Trained], judgement: Judgement) -> dict[str, dict[str, Any]]:
+    """Base, best single site (chosen on validation), federated with and without privacy: validation and test.
+
+    Args:
+        judgement: of the first run.
+    """
     evaluator, metric = federation.evaluator, federation.evaluator.metric
     main = trained[0]
     base = main.result.history[0]["metrics"]
@@ -98,7 +102,7 @@ def _comparison(federation: Federation, trained: list[Trained]) -> dict[str, dic
             best = entry
     if best is not None:
         rows["best_single_site"] = {"site": best.arm.sites[0], **_on_test(federation, best)}
-    rows["federated"] = _on_test(federation, main)
+    rows["federated"] = {"validation": _best(main), **({} if judgement.test is None else {TEST: judgement.test})}
     for entry in trained[1:]:
         if entry.arm.folder.name == "no-privacy":
             rows["federated_without_privacy"] = _on_test(federation, entry)
@@ -118,4 +122,4 @@ def _on_test(federation: Federation, entry: Trained) -> dict[str, Any]:
 def _test(federation: Federation, adapter: AdapterState) -> dict[str, Any]:
     if TEST not in federation.evaluator.splits:
         return {}
-    return {"test": federation.evaluator.evaluate(adapter, TEST)}
+    return {TEST: federation.evaluator.evaluate(adapter, TEST)}

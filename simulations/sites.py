@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 from client.privacy.ledger import Ledger
 from client.site import Site
@@ -20,7 +20,7 @@ OPEN_LEDGERS = 128
 """So many ledgers stay open, those that were used last, so that file handles do not grow with the sites."""
 
 
-class MadeWhenAsked(MutableMapping[str, T], Generic[T]):
+class MadeWhenAsked(Mapping[str, T]):
     """Name → value; each value is made once, when it is first asked for. Safe for several threads.
 
     Args:
@@ -29,7 +29,7 @@ class MadeWhenAsked(MutableMapping[str, T], Generic[T]):
     """
 
     def __init__(self, names: Iterable[str], make: Callable[[str], T]) -> None:
-        self._names = dict.fromkeys(names)
+        self._names = dict.fromkeys(names)  # a set that keeps its order
         self._make = make
         self._lock = threading.Lock()
         self.made: dict[str, T] = {}
@@ -43,14 +43,6 @@ class MadeWhenAsked(MutableMapping[str, T], Generic[T]):
                 if name not in self.made:
                     self.made[name] = self._make(name)
         return self.made[name]
-
-    def __setitem__(self, name: str, value: T) -> None:
-        self._names[name] = None
-        self.made[name] = value
-
-    def __delitem__(self, name: str) -> None:
-        del self._names[name]
-        self.made.pop(name, None)
 
     def __contains__(self, name: object) -> bool:
         return name in self._names

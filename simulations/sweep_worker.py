@@ -25,7 +25,7 @@ from common.config import RunConfig
 from common.errors import ConsiliumError
 from common.logs import LogFormat, set_up_logging
 from server.prepare import prepare
-from server.rounds import Silent
+from server.watcher import Silent
 from simulations.federation import Federation
 from simulations.simulate import simulate
 from simulations.sweep_grid import with_changes

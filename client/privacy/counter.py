@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from client import durable
+from common import durable
 from common.errors import LedgerError
 
 LINE = re.compile(rb"consilium ledger (?P<ledger>[0-9a-f]{32}) sequence (?P<number>\d{20}) check [0-9a-f]{8}\n")

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from client.durable import sync_folder
 from client.privacy.counter import REMEDY, Count, Counter
 from client.privacy.schema import VERSION, migrate, read_meta, rows_of, sequence_of, version_of, write_meta
+from common.durable import sync_folder
 from common.errors import LedgerError
 
 PATIENCE = 30.0

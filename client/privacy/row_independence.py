@@ -33,8 +33,9 @@ import torch
 from torch import nn
 
 from client.privacy.per_sample import per_sample_gradients
-from common.adapted import INPUT, AdaptedModel, Cut
+from common.adapted import AdaptedModel
 from common.adapter import AdapterState
+from common.cuts import INPUT, Cut
 from common.errors import CoverageError, ModelError, PrivacyError
 
 PROBE_LENGTH = 32

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from client.durable import sync_folder
 from client.privacy.sampling import RoundSecret
+from common.durable import sync_folder
 from common.errors import LedgerError
 
 

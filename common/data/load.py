@@ -38,17 +38,22 @@ def load_rows(
     columns: Mapping[str, str],
     site_column: str | None = None,
     unit_column: str | None = None,
+    sites_needed: bool = True,
 ) -> Loaded:
     """The task's fields of one split, with what the site and unit columns say.
 
     Of a single file, all rows of a unit fall into the same split.
+
+    Args:
+        sites_needed: whether the site column must be there.
 
     Raises:
         DataError: file, split or column missing, or without rows.
     """
     named = {"site_column": site_column, "privacy_unit": unit_column}
     beside = {field: column for field, column in named.items() if column is not None}
-    rows = read_rows(source, split, [*task.fields, *beside], {**columns, **beside})
+    optional = () if sites_needed else ("site_column",)
+    rows = read_rows(source, split, [*task.fields, *beside], {**columns, **beside}, optional)
     if is_file(source):
         rows = draw_split(rows, split, task.fields if unit_column is None else ["privacy_unit"])
     sites = rows.pop("site_column", [])

@@ -18,7 +18,9 @@ Rows = dict[str, list[Any]]
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
 
 
-def read_rows(source: str, split: str, fields: Sequence[str], columns: Mapping[str, str]) -> Rows:
+def read_rows(
+    source: str, split: str, fields: Sequence[str], columns: Mapping[str, str], optional: Sequence[str] = ()
+) -> Rows:
     """The fields of one split.
 
     Args:
@@ -26,6 +28,7 @@ def read_rows(source: str, split: str, fields: Sequence[str], columns: Mapping[s
         split: name of the file without its suffix, or of the hub split.
         fields: what is needed.
         columns: field → column; a field that is not listed is read from the column of its own name.
+        optional: of the fields, those that are left out where there is no such column.
 
     Raises:
         DataError: file, split or column missing, unreadable, or without rows.
@@ -40,6 +43,8 @@ def read_rows(source: str, split: str, fields: Sequence[str], columns: Mapping[s
     rows: Rows = {}
     for field in fields:
         column = columns.get(field, field)
+        if column not in table.names and field in optional:
+            continue
         if column not in table.names:
             raise DataError(
                 f"data.columns.{field} = '{column}': {where} has no such column"

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 
 from client.privacy.linear_maps import Rows
-from common.adapted import INPUT, AdaptedModel, Cut
+from common.adapted import AdaptedModel
+from common.cuts import INPUT, Cut
 from common.examples import Batch
 
 

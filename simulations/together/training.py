@@ -20,8 +20,8 @@ from client.privacy.linear_maps import OwnWeights
 from client.privacy.per_sample import per_sample_gradients
 from client.site import Work
 from client.trainer import Forward, drawn, moving, optimizer_for, update_of
-from common.adapted import Cut
 from common.adapter import AdapterState
+from common.cuts import Cut
 from common.errors import ConsiliumError
 from common.examples import Batch
 from simulations.together.passes import Piece, filled, joined

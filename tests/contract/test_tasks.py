@@ -14,7 +14,8 @@ from rouge_score import rouge_scorer
 from sklearn.metrics import accuracy_score, f1_score
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from common.adapted import INPUT, AdaptedModel
+from common.adapted import AdaptedModel
+from common.cuts import INPUT
 from common.errors import ConfigError, ModelError
 from common.examples import Examples
 from common.sections import TaskSection

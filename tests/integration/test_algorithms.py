@@ -16,7 +16,7 @@ from common.errors import ConfigError
 from common.sections import DataSection, LoraSection, ModelSection, PhaseSection, PrivacySection, TaskSection
 from server.checkpoint import RunFolder
 from server.prepare import prepare
-from server.rounds import Progress, Silent
+from server.watcher import Progress, Silent
 from simulations.federation import Arm, Federation
 
 SITES = ("north", "south", "west")

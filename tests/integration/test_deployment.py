@@ -34,7 +34,7 @@ import consilium
 from common.config import RunConfig
 from common.toml_settings import validate
 from server.lock import RunLock
-from server.rounds import Silent
+from server.watcher import Silent
 from simulations.simulate import simulate
 
 LABELS = ["urgent", "routine", "review"]

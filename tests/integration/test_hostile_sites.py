@@ -25,7 +25,7 @@ from common.messages import (
 from common.plan import Plan
 from common.toml_settings import validate
 from server.checkpoint import RunFolder
-from server.rounds import Silent
+from server.watcher import Silent
 from simulations.federation import Arm, Federation
 from simulations.workers import Workers
 

@@ -33,7 +33,7 @@ from common.config import RunConfig
 from common.errors import ConfigError, OutputError, RunFailed
 from common.messages import SiteDescription
 from common.sections import SimulationSection
-from server.rounds import Progress, Silent
+from server.watcher import Progress, Silent
 from simulations import ray_actors
 from simulations.federation import Arm, Engine, Federation, Trained
 from simulations.ray_cluster import TOO_SLOW, cluster

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import consilium
 from common.model import pool
+from server.evaluation import Evaluator
 
 LABELS = ["urgent", "routine", "review"]
 PHASES = """
@@ -175,6 +176,32 @@ def test_a_comparison_shows_base_best_site_and_both_federations_on_test(
         assert list((tmp_path / "out" / "arms" / name / "sites").iterdir())
 
 
+@pytest.mark.parametrize("compare", [False, True])
+def test_the_finished_adapter_is_scored_on_the_test_split_once(
+    compare: bool, command: Command, run_toml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored: list[tuple[str, bytes]] = []
+    scores = Evaluator.scores
+
+    def noted(self: Evaluator, adapter: Any, split: str, *more: Any) -> Any:
+        scored.append((split, save({name: np.ascontiguousarray(array) for name, array in adapter.items()})))
+        return scores(self, adapter, split, *more)
+
+    monkeypatch.setattr(Evaluator, "scores", noted)
+    out, head = tmp_path / "out", 'phase=[{name="head", rounds=1, sample_rate=1.0, train=["head"]}]'
+    settings = (head, "privacy.mechanism=none", "evaluation.metric=loss", f"simulation.compare={str(compare).lower()}")
+    command("simulate", "--config", run_toml, "--out", out, *(part for one in settings for part in ("--set", one)))
+    summary = json.loads((out / "summary.json").read_text())
+    base, best = scored[0][1], scored[summary["best_round"]][1]
+    tested = [adapter for split, adapter in scored if split == "test"]
+    assert summary["best_round"] == 1 and tested.count(best) == 1
+    if compare:
+        assert summary["comparison"]["federated"] == {"validation": summary["validation"], "test": summary["test"]}
+        assert set(summary["comparison"]["base"]["test"]) == set(summary["test"])
+    else:
+        assert tested == [best, base]  # the base for the figures of each site
+
+
 def test_without_privacy_is_loud_and_claims_nothing(command: Command, run_toml: Path, tmp_path: Path) -> None:
     code, stdout, stderr = command(
         "simulate", "--config", run_toml, "--out", tmp_path / "out", "--set", "privacy.mechanism=none"
@@ -273,6 +300,7 @@ BAD_INPUT = [
     (["--set", 'lora.target_modules=["qkv"]'], "qkv"),
     (["--set", "lora.layers=9"], "only"),
     (["--set", "evaluation.metric=acuracy"], "acuracy"),
+    (["--set", "evaluation.metric=loss", "--set", "evaluation.selection=one-standard-error"], "no standard error"),
     (["--set", "model.name=./nowhere"], "./nowhere"),
     (["--set", 'phase=[{name="x", rounds=1, batch_size=1000}]'], "does not fit site"),
 ]

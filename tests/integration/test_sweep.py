@@ -23,7 +23,7 @@ import consilium
 import simulations.sweep_cli
 from common.config import RunConfig
 from common.toml_settings import apply_overrides, read_toml, validate
-from server.rounds import Silent
+from server.watcher import Silent
 from simulations.simulate import simulate
 
 LABELS = ["urgent", "routine", "review"]

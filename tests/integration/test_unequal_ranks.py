@@ -30,7 +30,8 @@ from common.signing import SigningKey
 from common.toml_settings import validate
 from server.checkpoint import RunFolder
 from server.prepare import prepare
-from server.rounds import Coordinator, Result, Silent
+from server.rounds import Coordinator, Result
+from server.watcher import Silent
 from simulations.federation import Arm, Federation
 from simulations.grid import InProcessGrid
 

@@ -39,9 +39,10 @@ from client.privacy.metrics import row_metrics, unit_metrics
 from client.privacy.noisy_sum import GridSum
 from client.privacy.sampling import RoundSecret, poisson_sample
 from client.trainer import train_round
-from common.adapted import INPUT, AdaptedModel
+from common.adapted import AdaptedModel
 from common.adapter import AdapterState
 from common.config import RunConfig
+from common.cuts import INPUT
 from common.examples import Batch, Examples
 from common.messages import PhaseStatement, PlanStatus, Refusal, RefusalReason, Release, Tensors
 from common.privacy.metrics import NoiseSplit, metric_bounds

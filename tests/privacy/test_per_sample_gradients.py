@@ -28,7 +28,8 @@ from torch import nn
 from client.privacy.mechanism import DPSGD, NoPrivacy
 from client.privacy.per_sample import check_coverage
 from client.trainer import train_round
-from common.adapted import INPUT, AdaptedModel, Cut
+from common.adapted import AdaptedModel
+from common.cuts import INPUT, Cut
 from common.errors import CoverageError
 from common.examples import Examples
 from common.messages import PhaseStatement, Tensors

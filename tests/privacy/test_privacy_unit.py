@@ -28,7 +28,8 @@ from small_sites import (
 from client.privacy.mechanism import DPSGD
 from client.privacy.noisy_sum import SUMS, FloatSum
 from client.privacy.sampling import RoundSecret, examples_of
-from common.adapted import INPUT, AdaptedModel
+from common.adapted import AdaptedModel
+from common.cuts import INPUT
 from common.examples import Examples
 from common.messages import PhaseStatement, PlanStatus, RefusalReason
 from common.sections import PrivacySection

@@ -13,7 +13,8 @@ from torch import nn
 
 import client.privacy.row_independence as row_independence
 from client.privacy.row_independence import check_modules, check_row_independence
-from common.adapted import INPUT, AdaptedModel, Cut
+from common.adapted import AdaptedModel
+from common.cuts import INPUT, Cut
 from common.errors import PrivacyError
 from common.model import Placement
 from common.sections import LoraSection

@@ -468,6 +468,28 @@ def test_check_tells_what_would_keep_the_agent_from_starting_and_makes_nothing(c
     assert not (config.parent / "state").exists()
 
 
+@pytest.mark.parametrize(
+    ("units", "declared", "told"), [(44, 40, ""), (45, 40, "45"), (137, 40, "130"), (137, "exact", "")]
+)
+def test_check_tells_where_the_declared_size_is_smaller_than_a_coordinator_allows_for(
+    config: Path, units: int, declared: int | str, told: str
+) -> None:
+    """1.1 · 40 = 44 units are what ``server/norm_bound.py`` allows for."""
+    rows = [
+        ["note", "class", "patient"],
+        *(["mild cough", "routine", f"p{index % units}"] for index in range(2 * units)),
+    ]
+    with (config.parent / "train.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows(rows)
+    change(config, "populations", "site", unit="patient", public_size=declared)
+    change(config, "data", "default", privacy_unit="patient")
+    remarks = [one for one in as_json(config, "check", "--labels", LABELS)["remarks"] if "public_size" in one]
+    assert len(remarks) == bool(told)
+    if told:
+        assert remarks[0].startswith(f"populations.site.public_size = 40: data 'default' holds {units} privacy units")
+        assert f"Declare {told} before the agent first starts" in remarks[0]
+
+
 def test_check_names_a_row_that_no_tokenizer_takes(config: Path) -> None:
     change(config, "data", "default", path="train.jsonl")
     rows = [{"note": "mild cough", "class": "routine"}, {"note": "\ud800", "class": "urgent"}]

@@ -43,6 +43,7 @@ from common.messages import (
 )
 from common.plan import Plan
 from common.sections import PrivacySection
+from common.tensor_groups import layer_of
 
 
 def reason(reply: TrainReply) -> RefusalReason:
@@ -257,7 +258,7 @@ def test_a_round_releases_exactly_the_tensors_it_trains(model: AdaptedModel, tmp
         assert isinstance(reply, Release)
         assert (reply.site, reply.run_id, reply.round) == ("north", "run", round)
         assert reply.request_digest == request_for(plan, random_state(model), round).digest()
-        sent.append({(model.group_of(name), model.layer_of(name)) for name in reply.update})
+        sent.append({(model.group_of(name), layer_of(name)) for name in reply.update})
     assert sent == [
         {("head", None)},
         {("B", 2), ("B", 3)},

@@ -36,8 +36,9 @@ from transformers import (
     RobertaModel,
 )
 
-from common.adapted import INPUT, AdaptedModel, Cut
+from common.adapted import AdaptedModel
 from common.adapter import AdapterState, save_adapter
+from common.cuts import INPUT, Cut
 from common.errors import AdapterError, ModelError
 from common.sections import PhaseSection
 
@@ -320,7 +321,7 @@ def test_a_family_that_cannot_be_cut_exactly_is_run_whole(
 def test_bfloat16_runs_from_every_cut(tiny_bert: Path, adapted_model: Load, random_adapter: Draw) -> None:
     model = adapted_model(tiny_bert, lora={"layers": 2}, dtype="bfloat16")
     model.load(random_adapter(model))
-    assert all(p.dtype == torch.float32 for p in model._canonical_parameters().values())
+    assert all(p.dtype == torch.float32 for p in model._parameters.values())
     torch.testing.assert_close(logits_of(model, model.layer_cut), logits_of(model), atol=0, rtol=0)
     ids, mask = encoded(model)
     with torch.no_grad():

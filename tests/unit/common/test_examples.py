@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.adapted import INPUT, AdaptedModel, Cut
+from common.adapted import AdaptedModel
 from common.adapter import AdapterState
+from common.cuts import INPUT, Cut
 from common.examples import BUCKETS, FEATURE_ROWS, Batch, Examples
 from common.tasks.base import Encoded
 

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.adapted import INPUT, AdaptedModel, Cut
+from common.adapted import AdaptedModel
 from common.adapter import AdapterState
+from common.cuts import INPUT, Cut
 from common.examples import FEATURE_ROWS, Batch, Examples
 from common.prefix_files import HEADER, PrefixCache, cache_folder, wipe, wipe_outdated
 from common.prefixes import Layout, Prefixes

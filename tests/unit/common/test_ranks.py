@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.adapted import INPUT, AdaptedModel
+from common.adapted import AdaptedModel
 from common.adapter import AdapterSpec, AdapterState, kaiming_rows, lora_pairs, rank_of
+from common.cuts import INPUT
 from common.errors import AdapterError
 from common.plan import Plan
 from common.sections import LoraSection, PhaseSection, PrivacySection, TaskSection

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from common.adapted import INPUT, AdaptedModel
+from common.adapted import AdaptedModel
+from common.cuts import INPUT
 from common.data.load import tokenise_all
 from common.errors import DataError
 from common.examples import Examples

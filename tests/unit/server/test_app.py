@@ -99,3 +99,26 @@ def test_another_plan_cannot_take_over_a_run(
     with pytest.raises(ConsiliumError, match="started with other settings"):
         call(resume=True)
     assert "other settings" in _report(tmp_path / "out")["message"]
+
+
+def test_what_a_deployment_receives_is_forced_to_the_disk_whether_new_or_resumed(
+    call: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A simulation may lose what sites would send again; a deployment's folder is the only witness of their heads."""
+    folders: list[RunFolder] = []
+
+    def coordinator(*arguments: Any, **_: Any) -> Any:
+        folders.extend(one for one in arguments if isinstance(one, RunFolder))
+        return SimpleNamespace(run=lambda initial: SimpleNamespace(adapter={}))
+
+    plan = SimpleNamespace(digest=lambda: "p")
+    prepared = SimpleNamespace(plan=plan, config=None, model=None, evaluator=None, initial={})
+    monkeypatch.setattr(server_app, "prepare", lambda *_: prepared)
+    monkeypatch.setattr(server_app, "resolved_toml", lambda config: "")
+    monkeypatch.setattr(server_app, "manifest", lambda *_: {"run_id": "run-1", "plan_digest": "p", "schema_version": 1})
+    monkeypatch.setattr(server_app, "judge", lambda *_: None)
+    monkeypatch.setattr(server_app, "finish", lambda *_: None)
+    monkeypatch.setattr(server_app, "Coordinator", coordinator)
+    call()
+    call(resume=True)
+    assert [folder.durable for folder in folders] == [True, True]

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -290,3 +291,57 @@ def test_what_is_stored_inside_a_round_is_read_back(folder: RunFolder) -> None:
     assert again.reply(4, "south.v2")["b"].tolist() == [[0, 3], [1, 4], [2, 5]]
     assert again.outcome(4) == outcome
     assert again.cohort(5) is None
+
+
+# ---- heads of the sites' audit logs ---------------------------------------------------------------------------------
+
+
+def forced_by(action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bytes]]:
+    """Name of whatever is forced to the disk, and what a file holds at that moment, in order."""
+    order: list[tuple[str, bytes]] = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        order.append((path.name, path.read_bytes() if path.is_file() else b""))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        action()
+    return order
+
+
+def test_a_head_is_on_disk_before_the_call_returns_and_the_first_ones_file_too(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = b'["north", "head 1"]\n', b'["south", "head 2"]\n'
+    forced = forced_by(lambda: folder.add_head("north", "head 1"), monkeypatch)
+    assert forced == [("heads.jsonl", first), ("out", b"")]
+    forced = forced_by(lambda: folder.add_head("south", "head 2"), monkeypatch)
+    assert forced == [("heads.jsonl", first + second)]
+
+
+def test_in_a_simulation_a_head_is_written_and_not_forced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.create(tmp_path / "out", "", MANIFEST, durable=False)
+    assert forced_by(lambda: folder.add_head("north", "head 1"), monkeypatch) == []
+    assert RunFolder(folder.path).heads() == {"north": "head 1"}
+
+
+def test_the_newest_head_of_each_site_wins(folder: RunFolder) -> None:
+    assert folder.heads() == {}
+    for site, head in (("north", "head 1"), ("south", "head 1"), ("north", "head 2"), ("north", "head 3")):
+        folder.add_head(site, head)
+    assert RunFolder(folder.path).heads() == {"north": "head 3", "south": "head 1"}
+
+
+def test_a_torn_last_head_is_ignored_wherever_it_was_cut_and_the_next_one_counts(folder: RunFolder) -> None:
+    folder.add_head("north", "head 1")
+    file = folder.path / "heads.jsonl"
+    whole = file.read_bytes()
+    folder.add_head("north", "head 2")
+    line = file.read_bytes()[len(whole) :]
+    for kept in range(len(line)):  # all but the end of the line is the whole of it
+        file.write_bytes(whole + line[:kept])
+        assert folder.heads() == {"north": "head 2" if kept == len(line) - 1 else "head 1"}
+        folder.add_head("south", "head 7")
+        folder.add_head("north", "head 3")
+        assert folder.heads() == {"north": "head 3", "south": "head 7"}

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from common.adapted import AdaptedModel
 from common.adapter import AdapterState
+from common.data import read as reading
 from common.data.read import read_rows
 from common.errors import ConfigError, DataError
 from server import evaluation
@@ -88,8 +89,7 @@ def test_which_rows_are_right_is_told_in_the_splits_order_and_adds_up_to_the_acc
 ) -> None:
     model = adapted_model(tiny_bert, lora={"layers": 2})
     state, subject = random_adapter(model, 4), evaluator(model, triage_data)
-    right = subject.right(state, "test")
-    model.load(state)
+    right = subject.right(subject.scores(state, "test"))
     labels, chances = predictions(model, triage_data, "test")
     assert right == [label == guess for label, guess in zip(labels, chances.argmax(axis=1), strict=True)]
     assert right is not None and 0 < sum(right) < 30
@@ -177,7 +177,7 @@ def test_perplexity_is_that_of_the_stock_models_own_loss_and_rouge_is_of_the_fir
     assert metrics["loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert metrics["perplexity"] == pytest.approx(np.exp(total / tokens), rel=1e-5)
     assert 0 <= metrics["rouge_l"] <= 1
-    assert subject.right(model.state(), "validation") is None
+    assert subject.right(subject.scores(model.state(), "validation")) is None
     assert "rouge_l" not in evaluator(model, qa_data).evaluate(model.state(), "validation")
 
 
@@ -263,8 +263,7 @@ def test_each_sites_metrics_are_those_of_its_own_rows(
     data = held_out(model, str(triage_data), "test", COLUMNS, 20, site_column="hospital")
     subject = Evaluator(model, {"test": data})
     state = random_adapter(model, 4)
-    found = subject.by_site(state, "test")
-    subject.model.load(state)
+    found = subject.by_site(subject.scores(state, "test"), "test")
     labels, chances = predictions(model, triage_data, "test")
     sites = read_rows(str(triage_data), "test", ("hospital",), {})["hospital"]
     assert list(found) == ["north", "south", "west"]
@@ -286,10 +285,29 @@ def test_a_split_without_a_site_column_is_evaluated_as_a_whole(
     model = adapted_model(tiny_bert)
     data = held_out(model, str(triage_data), "test", COLUMNS, None, site_column="clinic")
     subject = Evaluator(model, {"test": data})
-    assert subject.by_site(random_adapter(model, 1), "test") == {}
+    assert subject.by_site(subject.scores(random_adapter(model, 1), "test"), "test") == {}
     assert subject.evaluate(random_adapter(model, 1), "test")["examples"] == 30
     with pytest.raises(DataError, match="no file for split"):
         held_out(model, str(triage_data), "dev", COLUMNS, None, site_column="clinic")
+
+
+def test_a_split_is_read_once_whether_or_not_its_rows_name_sites(
+    tiny_bert: Path, triage_data: Path, adapted_model: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    table = reading.read_table
+
+    def noted(source: str, split: str) -> Any:
+        read.append(split)
+        return table(source, split)
+
+    monkeypatch.setattr(reading, "read_table", noted)
+    model = adapted_model(tiny_bert)
+    sites = [
+        held_out(model, str(triage_data), "test", COLUMNS, None, site_column=one).sites
+        for one in ("hospital", "clinic")
+    ]
+    assert read == ["test", "test"] and len(sites[0]) == 30 and sites[1] == ()
 
 
 def test_rows_that_name_no_site_are_left_out_and_too_many_sites_are_not_told_apart(
@@ -299,6 +317,7 @@ def test_rows_that_name_no_site_are_left_out_and_too_many_sites_are_not_told_apa
     data = held_out(model, str(triage_data), "test", COLUMNS, None, site_column="hospital")
     unnamed = replace(data, sites=tuple("" if site == "west" else site for site in data.sites))
     subject = Evaluator(model, {"test": unnamed})
-    assert list(subject.by_site(random_adapter(model, 1), "test")) == ["north", "south"]
+    scores = subject.scores(random_adapter(model, 1), "test")
+    assert list(subject.by_site(scores, "test")) == list(subject.sites("test")) == ["north", "south"]
     monkeypatch.setattr(evaluation, "MOST_SITES", 1)
-    assert subject.by_site(random_adapter(model, 1), "test") == {}
+    assert subject.by_site(scores, "test") == {} and subject.sites("test") == ()

@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from common.adapted import INPUT, AdaptedModel, Cut
+from common.adapted import AdaptedModel
 from common.adapter import MAP_FILE, AdapterState, load_adapter, save_adapter
 from common.config import RunConfig
+from common.cuts import INPUT, Cut
 from common.errors import ModelError
 from common.examples import Examples
 from common.messages import TrainRequest

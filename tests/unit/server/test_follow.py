@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,6 +23,7 @@ from server.lock import RunLock
 from server.settings import Submission, absolute, resolved_toml
 
 FLOWER_RUN = 5
+REPOSITORY = Path(__file__).parents[3]
 
 
 class Watcher:
@@ -248,10 +251,12 @@ def test_paths_are_made_absolute_where_they_exist(tmp_path: Path, monkeypatch: p
         "data": {"path": "owner/data-set"},
         "evaluation": {"path": "held-out"},
         "server": {"root_certificates": "ca.pem"},
+        "simulation": {"cache": "kept/here"},
     }
     config = absolute(validate(RunConfig, tables, "test"))
     assert config.model.name == str(tmp_path / "model") and config.evaluation.path == str(tmp_path / "held-out")
     assert config.server.root_certificates == tmp_path / "ca.pem" and config.data.path == "owner/data-set"
+    assert config.simulation.cache == tmp_path / "kept" / "here" and config.server.signing_key is None
     named = validate(RunConfig, {**tables, "model": {"name": "minilm"}}, "test")
     assert absolute(named).model.name == "minilm"  # the model of that name, whatever lies beside
 
@@ -262,3 +267,10 @@ def test_a_run_that_no_key_would_sign_is_not_submitted(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         _run(tmp_path / "out", signing_key=str(tmp_path / "nowhere.pem"))
     assert not (tmp_path / "out").exists()
+
+
+def test_following_a_run_needs_no_torch() -> None:
+    """The command waits for hours beside the coordinator; what that one loads is no use to it."""
+    source = "import sys, server.follow; print(sorted({'torch', 'transformers', 'flwr'} & sys.modules.keys()))"
+    ran = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert ran.stdout == "[]\n"

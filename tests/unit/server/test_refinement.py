@@ -12,12 +12,12 @@ from pydantic import ValidationError
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
 from common.adapted import AdaptedModel
-from common.adapter import AdapterState
+from common.adapter import FEATURE_MAP, AdapterState
 from common.examples import Examples
 from common.sections import PhaseSection
 from common.tasks.base import Encoded
 from server import refinement
-from server.refinement import Head, Refiner, accumulated, discriminant, refined
+from server.refinement import Head, Refiner, accumulated, discriminant, refined, step_deviations
 
 Load = Callable[..., AdaptedModel]
 HEAD = "base_model.model.classifier."
@@ -57,6 +57,12 @@ def test_the_noise_adds_up_as_heavy_ball_carries_it(momentum: float) -> None:
 
 def test_no_round_or_no_noise_is_no_deviation() -> None:
     assert accumulated([], 0.8) == accumulated([0.0, 0.0], 0.8) == 0.0
+
+
+def test_the_noise_of_a_phase_is_that_of_its_own_rounds() -> None:
+    history = [{"round": 0, "phase": "base"}]
+    history += [{"round": round, "phase": name, "noise": 0.1 * round} for round, name in ((1, "a"), (2, "a"), (3, "b"))]
+    assert [step_deviations(history, name) for name in ("a", "b", "c")] == [[0.1, 0.2], [0.1 * 3], []]
 
 
 # ---- the discriminant -----------------------------------------------------------------------------------------------
@@ -183,6 +189,30 @@ def test_labels_are_not_looked_at(model: AdaptedModel, adapter: AdapterState) ->
     one, other = (Refiner(model, texts(model, target)).refined(adapter, phase(), [0.5]) for target in (0, 1))
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
+
+
+def test_texts_are_mapped_once_for_a_feature_map_and_anew_for_another(
+    model: AdaptedModel, adapter: AdapterState, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds of one map cost one pass; whatever the order, a map gives what a refiner that knows no other gives."""
+    name = f"{FEATURE_MAP}weight"
+    turned = {**adapter, name: np.ascontiguousarray(adapter[name][::-1])}
+    moved = {**adapter, f"{FEATURE_MAP}bias": adapter[f"{FEATURE_MAP}bias"] + np.float32(1)}
+    later = {**adapter, HEAD + "weight": 2 * adapter[HEAD + "weight"]}
+    refiner, passes = Refiner(model, texts(model)), 0
+    frozen_features = Examples.frozen_features
+
+    def counted(self: Examples, *arguments: Any) -> Any:
+        nonlocal passes
+        passes += self is refiner.texts
+        return frozen_features(self, *arguments)
+
+    monkeypatch.setattr(Examples, "frozen_features", counted)
+    for given, expected in ((adapter, 1), (later, 1), (turned, 2), (moved, 3), (adapter, 4), (adapter, 4)):
+        found = refiner.refined(given, phase(), [0.5])
+        alone = Refiner(model, texts(model)).refined(given, phase(), [0.5])
+        assert all(np.array_equal(found[name], alone[name]) for name in alone)
+        assert passes == expected
 
 
 def test_only_what_the_head_sees_of_the_features_changes(model: AdaptedModel, adapter: AdapterState) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from common.adapted import AdaptedModel
+from common.errors import ConfigError
 from server.evaluation import Evaluator
 from server.selection import Selection
 
@@ -59,8 +60,13 @@ def test_the_rule_can_be_asked_for_without_dp(evaluator: Evaluator) -> None:
     assert kept(evaluator, [0.1, 0.9, 0.899], "one-standard-error", private=False) == 2
 
 
-def test_a_metric_that_is_no_proportion_has_no_doubt(adapted_model: Load, tiny_bert: Path) -> None:
-    assert kept(Evaluator(adapted_model(tiny_bert), {}, "loss"), [0.1, 0.9, 0.899]) == 1
+def test_a_metric_that_is_no_proportion_has_no_doubt_and_none_can_be_asked_for(
+    adapted_model: Load, tiny_bert: Path
+) -> None:
+    by_loss = Evaluator(adapted_model(tiny_bert), {}, "loss")
+    assert kept(by_loss, [0.1, 0.9, 0.899]) == kept(by_loss, [0.1, 0.9, 0.899], "best") == 1
+    with pytest.raises(ConfigError, match=r"'one-standard-error': .*'loss'.*; use evaluation\.metric = 'accuracy', or"):
+        Selection(by_loss, "one-standard-error", private=True)
 
 
 def test_nothing_is_kept_of_a_round_without_a_metric(evaluator: Evaluator) -> None:

@@ -18,11 +18,13 @@ from safetensors.numpy import load_file
 
 from client.privacy.ledger import Ledger
 from client.site import Site
-from common.adapted import INPUT, AdaptedModel
+from common.adapted import AdaptedModel
 from common.config import RunConfig
+from common.cuts import INPUT
 from common.errors import ConfigError
 from common.toml_settings import validate
-from server.rounds import Coordinator, Silent
+from server.rounds import Coordinator
+from server.watcher import Silent
 from simulations.federation import Arm, Federation, Trained
 from simulations.simulate import simulate
 from simulations.sites import MadeWhenAsked, OpenLedgers

@@ -21,7 +21,7 @@ from common.errors import ConfigError
 from common.model import pool
 from common.toml_settings import validate
 from server.predict import predict
-from server.rounds import Silent
+from server.watcher import Silent
 from simulations.simulate import simulate
 
 LABELS = ("urgent", "routine", "review")

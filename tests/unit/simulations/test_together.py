@@ -22,7 +22,7 @@ from common.errors import LedgerError
 from common.examples import Batch
 from common.messages import Refusal, RefusalReason, TrainRequest
 from common.toml_settings import validate
-from server.rounds import Silent
+from server.watcher import Silent
 from simulations.grid import InProcessGrid
 from simulations.simulate import simulate
 from simulations.together.passes import Piece, filled

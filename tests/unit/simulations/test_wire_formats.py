@@ -20,7 +20,7 @@ from common.config import RunConfig
 from common.messages import Refusal, RefusalReason, Release, TrainReply, TrainRequest
 from common.requests import NOTHING
 from common.toml_settings import validate
-from server.rounds import Silent
+from server.watcher import Silent
 from simulations.simulate import simulate
 
 LABELS = ("urgent", "routine", "review")

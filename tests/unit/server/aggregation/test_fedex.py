@@ -12,8 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from common.adapted import INPUT, AdaptedModel
+from common.adapted import AdaptedModel
 from common.adapter import AdapterState, rank_of, save_adapter
+from common.cuts import INPUT
 from common.sections import PhaseSection
 from server.aggregation.registry import aggregator_for
 
