@@ -2,10 +2,11 @@
 
 The bare loop is torch alone without privacy, torch and Opacus's hooks and optimiser with DP. It runs right after each
 site's round of the real thing, in the same process, on the same examples, and ratios are taken site by site, of process
-time. It is there twice: ``same`` runs the very batches of the site (of one shape, filled up with dummy rows), and shows
-what the system around the arithmetic costs; ``plain`` runs all examples of a step in one batch as long as its longest,
-as most people would write it, and shows in addition what batches of one shape cost. Making its batches is not charged
-to it. What the server does in a round is charged to the real thing.
+time. It is there twice: ``same`` runs the very batches of the site (of one shape, filled up with dummy rows) and has
+the base's frozen linear maps done as the site has (common/frozen_linear.py), and so shows what the system around the
+arithmetic costs; ``plain`` runs all examples of a step in one batch as long as its longest, all with torch's own linear
+maps, as most people would write it, and shows in addition what batches of one shape cost and other maps save. Making
+its batches is not charged to it. What the server does in a round is charged to the real thing.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ import numpy as np
 import torch
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from opacus.optimizers import DPOptimizer
+from torch import nn
 
 from client.privacy.sampling import RoundSecret, poisson_sample
 from common.adapted import AdaptedModel
 from common.config import RunConfig
 from common.cuts import INPUT
 from common.examples import Batch, Examples
+from common.frozen_linear import FrozenLinear
 from common.messages import DescribeRequest, SiteDescription, SiteService, TrainReply, TrainRequest
 from common.plan import Plan
+from common.tasks.base import Scores
 from server.watcher import Silent
 from simulations.federation import Arm, Federation
 from simulations.workers import Workers
@@ -85,6 +89,19 @@ def bare(model: AdaptedModel, steps: Sequence[Sequence[Batch]], config: RunConfi
             optimizer.zero_grad()
         if hooks is not None:
             hooks.cleanup()
+
+
+@contextmanager
+def torchs_own(model: AdaptedModel) -> Iterator[None]:
+    """With torch's linear maps throughout."""
+    maps = [module for module in model.peft.modules() if type(module) is FrozenLinear]
+    for module in maps:
+        module.__class__ = nn.Linear
+    try:
+        yield
+    finally:
+        for module in maps:
+            module.__class__ = FrozenLinear
 
 
 class Stopwatch:
@@ -165,7 +182,7 @@ class Interleaved(Federation):
         }
         for loop in self.loops:
             batches = made[loop]()
-            with watch.on(loop):
+            with torchs_own(self.other) if loop == "plain" else nullcontext(), watch.on(loop):
                 bare(self.other, batches, self.config)
         self.pairs.append({"real": real, **watch.process, "same wall": watch.wall.get("same", 0.0)})
 
@@ -177,13 +194,13 @@ class Server(Silent):
         self.federation = federation
         self.rounds: list[tuple[float, float]] = []
         self._evaluation = Stopwatch()
-        evaluate = federation.evaluator.evaluate
+        scores = federation.evaluator.scores
 
-        def timed(*arguments: Any, **named: Any) -> dict[str, float]:
+        def timed(*arguments: Any, **named: Any) -> Scores:
             with self._evaluation.on("evaluate"):
-                return evaluate(*arguments, **named)
+                return scores(*arguments, **named)
 
-        federation.evaluator.evaluate = timed  # type: ignore[method-assign]
+        federation.evaluator.scores = timed  # type: ignore[method-assign]
         self._last = self._now()
 
     def _now(self) -> tuple[float, float]:

@@ -84,7 +84,7 @@ def run_cell(federation: Federation, config: RunConfig, sites: Iterable[str], te
     history = trained.result.history
     best = next(one for one in history if one["round"] == trained.result.best_round)
     cell: Cell = {"best_round": trained.result.best_round, VALIDATION: _figures(best["metrics"])}
-    lora = [one["metrics"] for one in history if one["phase"] == "lora"]
+    lora = [one["metrics"] for one in history if one["phase"] == "lora" and one["metrics"]]
     if lora:
         cell["last_lora_round"] = _figures(lora[-1])
     if test:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import torch
 import transformers
 
+from common import frozen_linear
 from common.adapted import AdaptedModel
 from common.cuts import INPUT, Cut
 from common.data.units import count_units
@@ -269,6 +270,7 @@ class Examples:
             str(placement.dtype),
             placement.device.type,
             torch.__version__,
+            frozen_linear.available(),
             transformers.__version__,
         ]
         return hashlib.sha256(json.dumps([*values, self._content]).encode()).hexdigest()

@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.attention import always_mask
 from common.errors import ModelError
+from common.frozen_linear import by_onednn
 from common.tasks.base import Task
 
 DIGESTED = (
@@ -165,6 +166,9 @@ def load_base(folder: Path, task: Task, placement: Placement, pooling: str = "au
     network.requires_grad_(False)
     network.train(False)
     torch.nn.Module.to(network, placement.device)
+    by_onednn(module for layer in layer_stack(network.base_model) or () for module in layer.modules())
+    vocabulary = network.get_output_embeddings()  # type: ignore[no-untyped-call]
+    by_onednn([vocabulary] if vocabulary is not None else [])  # of a language model; a classifier's head trains
     return BaseModel(network, tokenizer, digest_of(folder), placement, choose_pooling(folder, task, pooling))
 
 

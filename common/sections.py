@@ -318,7 +318,11 @@ class EvaluationSection(Section):
     path: str | None = None
     """A folder or file; empty in a simulation: the validation and test split of ``data.path``."""
     validation: str = "validation"
-    """Split used after every round, for best-round selection and early stopping."""
+    """Split used before round 1 and after the rounds that ``every`` names, for best-round selection and early
+    stopping."""
+    every: Count = 1
+    """With k: evaluate after every k-th round of a phase, and always after its last one. A round that is not evaluated
+    has no metrics, and its adapter cannot be the one that is kept."""
     test: str | None = "test"
     """Split used once, at the end. Empty string or absent file: no test figures."""
     columns: dict[str, str] | None = None
@@ -331,7 +335,8 @@ class EvaluationSection(Section):
     not win against later rounds that have learnt more; only with ``metric = "accuracy"``. ``auto``: that one under DP
     where the metric allows it, else ``best``."""
     patience: Count | None = None
-    """Stop a phase's remaining rounds after so many rounds without a better metric. Spent ε is not refunded."""
+    """Stop a phase's remaining rounds after so many rounds without a better metric. Rounds that are not evaluated count
+    too, but only an evaluated one can be the last. Spent ε is not refunded."""
     generate: int = Field(default=8, ge=0)
     """Causal LM: answer so many examples of a split in free text at each evaluation, for ROUGE-L; 0 for none."""
     limit: Count | None = None

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isnan, sqrt
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,6 @@ from common.errors import ConfigError, did_you_mean
 from common.examples import Examples
 from common.messages import Tensors
 from common.tasks.base import Generates, Scores
-from server.onednn import linear_maps
 
 LOWER_IS_BETTER = ("loss", "perplexity")
 PROPORTION = "accuracy"
@@ -28,6 +28,9 @@ ROWS = 32
 """Rows of a physical batch in evaluation."""
 MOST_SITES = 1000
 """With more sites in a split its metrics are not given by site: each takes a millisecond or two."""
+MOST_SITES_BY_ROUND = 50
+"""With more sites in a split a round's record has no metric by site: every checkpoint holds the record of each round so
+far, so that it would grow with sites × rounds, and nobody compares more lines."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,14 @@ class Evaluator:
         scores = self.scores(adapter, split, advance)
         return self.metrics_of(scores, **self.generated(adapter, split))
 
+    def measured(self, adapter: Tensors, split: str) -> dict[str, Any]:
+        """Entries of a round's record, from one forward pass: ``metrics`` as above and, where the rows name sites,
+        ``by_site``, the run's metric on the rows of each. Nothing is chosen by the latter."""
+        scores = self.scores(adapter, split)
+        by_site = self.metric_by_site(scores, split)
+        metrics = self.metrics_of(scores, **self.generated(adapter, split))
+        return {"metrics": metrics, **({"by_site": by_site} if by_site else {})}
+
     def scores(self, adapter: Tensors, split: str, advance: Callable[[int], None] = lambda examples: None) -> Scores:
         """What all of an adapter's figures are computed from, row by row in the order of the split: one forward pass.
 
@@ -120,8 +131,7 @@ class Evaluator:
         order: list[npt.NDArray[np.int64]] = []
         with torch.no_grad():
             for batch in data.examples.batches(np.arange(len(data.examples)), ROWS, self.model, cut):
-                with linear_maps():
-                    logits = self.model.top(batch.inputs, batch.mask, cut)[: len(batch.indices)]
+                logits = self.model.top(batch.inputs, batch.mask, cut)[: len(batch.indices)]
                 parts.append(self.model.task.score(logits, batch.targets[: len(batch.indices)]))
                 order.append(batch.indices)
                 advance(len(batch.indices))
@@ -161,6 +171,25 @@ class Evaluator:
             name: self.metrics_of({key: values[site == name] for key, values in scores.items()})
             for name in self.sites(split)
         }
+
+    def metric_by_site(self, scores: Scores, split: str) -> dict[str, float]:
+        """The run's metric, to four digits, on the rows that are like each site's.
+
+        Args:
+            scores: of this split.
+
+        Returns:
+            site → value, in name order; empty where the split has no site column, or too many sites for a record of
+            each round, and where the metric is of answers in free text.
+        """
+        names, right = self.sites(split), self.right(scores)
+        if len(names) > MOST_SITES_BY_ROUND:
+            return {}
+        if self.metric == PROPORTION and right is not None:  # without the other metrics, which take 100 times as long
+            site, correct = np.array(self.splits[split].sites), np.array(right)
+            return {name: round(float(correct[site == name].mean()), 4) for name in names}
+        found = self.by_site(scores, split)
+        return {name: round(metrics[self.metric], 4) for name, metrics in found.items() if self.metric in metrics}
 
     def sites(self, split: str) -> tuple[str, ...]:
         """Which sites a split is told apart by, in name order."""

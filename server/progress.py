@@ -59,15 +59,17 @@ class Bars:
         self._progress.update(self._task, note=f"round {round}: {site} {outcome}")
 
     def round(self, record: Mapping[str, Any]) -> None:
-        """Moves the bar."""
-        shown = "  ".join(f"{name} {value:.3f}" for name, value in record["metrics"].items() if name != "examples")
-        self._progress.update(self._task, completed=record["round"], note=shown)
+        """Moves the bar, and shows the metrics of a round that was evaluated."""
+        metrics = {name: value for name, value in record["metrics"].items() if name != "examples" and value is not None}
+        self._progress.update(self._task, completed=record["round"])
+        if metrics:
+            self._progress.update(self._task, note="  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
 
 
 def rounds_table(history: Sequence[Mapping[str, Any]], best_round: int, most: int = 60) -> Table:
     """Per round: the global model's metrics, the sites' own with the noise in them, bytes, seconds.
 
-    Long runs show every n-th round and the best one.
+    Long runs show every n-th evaluated round and the best one.
     """
     metrics = [name for name in history[0]["metrics"] if name != "examples"]
     own = list(dict.fromkeys(name for record in history for name in record.get("site_metrics", ())))
@@ -75,15 +77,16 @@ def rounds_table(history: Sequence[Mapping[str, Any]], best_round: int, most: in
     figures = [*metrics, *(f"sites' {name}" for name in own)]
     for name in ("round", "phase", *figures, "sites", "KiB down", "KiB up", "seconds"):
         table.add_column(name.replace("_", "-"), justify="left" if name == "phase" else "right")
-    every = -(-len(history) // most)
-    for index, record in enumerate(history):
-        if index % every and record["round"] != best_round and index != len(history) - 1:
+    rows = history if len(history) <= most else [record for record in history if record["metrics"]]
+    every = -(-len(rows) // most)
+    for index, record in enumerate(rows):
+        if index % every and record["round"] != best_round and index != len(rows) - 1:
             continue
         mark = " *" if record["round"] == best_round else ""
         table.add_row(
             f"{record['round']}{mark}",
             record["phase"],
-            *(_figure(record["metrics"].get(name)) for name in metrics),
+            *(_figure(record["metrics"].get(name)) if record["metrics"] else "–" for name in metrics),
             *(_noisy_figure(record, name) for name in own),
             f"{len(record['admitted'])}/{len(record['cohort'])}" if "cohort" in record else "",
             f"{record['bytes_down'] / 1024:.1f}" if "bytes_down" in record else "",

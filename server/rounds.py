@@ -7,7 +7,6 @@ have answered → store the admitted set → fold in site-name order → evaluat
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -40,18 +39,19 @@ from server.aggregation.base import AVERAGE, rule_for
 from server.aggregation.low_rank import leading
 from server.aggregation.registry import aggregator_for
 from server.aggregation.robust import too_few
+from server.calibration import Calibrator
 from server.checkpoint import Checkpoint, RunFolder
 from server.damping import damped, deviation
 from server.evaluation import Evaluator
+from server.linear_head import HeldOutFeatures
 from server.mailbox import Mailbox
 from server.outbox import Asked, Outbox
 from server.refinement import Refiner, step_deviations
 from server.roster import Roster, reasons
+from server.schedule import Schedule
 from server.selection import Selection
 from server.site_metrics import site_metrics
 from server.watcher import Progress, Silent
-
-log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 VALIDATION = "validation"
@@ -119,7 +119,9 @@ class Coordinator:
         self.roster = Roster(self.mailbox, plan, key, folder)
         self.outbox = Outbox(plan, model)
         self.selection = Selection(evaluator, config.evaluation.selection, plan.privacy.mechanism != "none")
-        self.refiner = Refiner(model, evaluator.splits[VALIDATION].examples)
+        self.schedule = Schedule(plan, config.evaluation, self.selection)
+        held_out = HeldOutFeatures(model, evaluator.splits[VALIDATION].examples)
+        self.refiner, self.calibrator = Refiner(held_out), Calibrator(held_out)
         self.bounds = metric_bounds(plan.privacy.metrics, model.task.outcomes(model.network))
 
     # ---- the run ---------------------------------------------------------------------------------------------------
@@ -155,8 +157,8 @@ class Coordinator:
     def _start(self, initial: AdapterState) -> Checkpoint:
         """Evaluates the adapter before round 1 and writes checkpoint 0."""
         started = time.perf_counter()
-        metrics = self.evaluator.evaluate(initial, VALIDATION)
-        record = {"round": 0, "phase": "base", "metrics": metrics, "seconds": {"evaluate": _since(started)}}
+        measured = self.evaluator.measured(initial, VALIDATION)
+        record = {"round": 0, "phase": "base", **measured, "seconds": {"evaluate": _since(started)}}
         phase = self.plan.phase_of(1)
         aggregator = aggregator_for(phase)
         checkpoint = Checkpoint(
@@ -196,12 +198,14 @@ class Coordinator:
         state, adapter = aggregator.finish(state)
         adapter = self.refiner.refined(adapter, phase, [*step_deviations(before.history, phase.name), noise])
         clock.lap("aggregate")
-        metrics = self.evaluator.evaluate(adapter, VALIDATION)
-        clock.lap("evaluate")
+        measured: dict[str, Any] = {"metrics": {}}
+        if self.schedule.evaluates(round):
+            measured = self.evaluator.measured(adapter, VALIDATION)
+            clock.lap("evaluate")
         record = {
             "round": round,
             "phase": phase.name,
-            "metrics": metrics,
+            **measured,
             **site_metrics(told, weights, self.roster.described, self.plan.privacy, phase, self.bounds),
             "bytes_down": outcome.bytes_down,
             "bytes_up": outcome.bytes_up,
@@ -218,11 +222,14 @@ class Coordinator:
         return after
 
     def _kept(self, last: Checkpoint) -> Tensors:
-        """The adapter as it stands after a round: refined, or averaged, where its phase asks for it."""
+        """What a new phase starts from after the last round of another: the adapter refined, or averaged, where that
+        phase asks for it, and a head that it trained alone calibrated."""
         adapter = _adapter_in(last.aggregator, AVERAGE) or _adapter_in(last.aggregator)
         if last.round == 0:
             return adapter
-        return self.refiner.refined(adapter, self.plan.phase_of(last.round), step_deviations(last.history, last.phase))
+        phase = self.plan.phase_of(last.round)
+        adapter = self.refiner.refined(adapter, phase, step_deviations(last.history, phase.name))
+        return self.calibrator.calibrated(adapter, phase)
 
     def _advance(
         self, before: Checkpoint, record: dict[str, Any], adapter: AdapterState, aggregator: Mapping[str, Any]
@@ -233,19 +240,7 @@ class Coordinator:
         kept, kept_round = before.best, before.best_round
         if self.selection.keeps(record, before.history):
             kept, kept_round = adapter, round
-        return Checkpoint(round, self._next_round(round, phase, history), phase, kept_round, history, aggregator, kept)
-
-    def _next_round(self, round: int, phase: str, history: tuple[dict[str, Any], ...]) -> int:
-        """Early stopping ends a phase, not the run: the next phase starts. Spent ε is not refunded."""
-        patience = self.config.evaluation.patience
-        rounds_here = [entry["round"] for entry in history if entry["phase"] == phase]
-        if patience is None or len(rounds_here) < patience or self.selection.best(history)["round"] > round - patience:
-            return round + 1
-        following = round + 1
-        while following <= self.plan.rounds and self.plan.phase_of(following).name == phase:
-            following += 1
-        log.info("phase '%s' stopped early after round %d", phase, round)
-        return following
+        return Checkpoint(round, self.schedule.next_round(history), phase, kept_round, history, aggregator, kept)
 
     # ---- one exchange -----------------------------------------------------------------------------------------------
 

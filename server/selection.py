@@ -33,7 +33,8 @@ class Selection:
         self.doubts = rule == ONE_STANDARD_ERROR or (rule == "auto" and private)
 
     def keeps(self, record: Record, earlier: Sequence[Record]) -> bool:
-        """Whether a finished round's adapter takes the place of the one kept so far."""
+        """Whether a finished round's adapter takes the place of the one kept so far; never one's that was not
+        evaluated."""
         best = self.best(earlier)
         value, top = self._metric(record), self._metric(best)
         if self.evaluator.better(value, top):

@@ -160,7 +160,7 @@ def write_results(sweep: Sweep, failures: Mapping[str, str]) -> dict[str, Any]:
     write_atomically(sweep.folder / "sweep.json", to_json(content))
     write_atomically(sweep.folder / "sweep.csv", results.to_csv(rows).encode())
     files = [sweep.folder / name for name in ("sweep.json", "sweep.csv", "sweep.md")]
-    files += draw(groups, _histories(rows, folders), " ".join(said[:-1]), sweep.folder)
+    files += draw(groups, histories_of(rows, folders), " ".join(said[:-1]), sweep.folder)
     page = [results.to_markdown(head, lines), caption(content), *said]
     write_atomically(sweep.folder / "sweep.md", "\n".join(f"{part}\n" for part in page).encode())
     return {**content, "files": [str(file) for file in files]}
@@ -184,12 +184,13 @@ def _spread(spread: results.Spread | None) -> dict[str, Any] | None:
     return None if spread is None else {"mean": spread.mean, "standard_deviation": spread.deviation}
 
 
-def _histories(rows: Sequence[results.Row], folders: Mapping[str, Path]) -> dict[str, list[tuple[int, float | None]]]:
+def histories_of(rows: Sequence[results.Row], folders: Mapping[str, Path]) -> dict[str, list[tuple[int, float | None]]]:
+    """Round and metric of each finished cell; ``None`` where it was not evaluated, or is no number."""
     found = {}
     for row in rows:
         if row.status == "completed":
             records = map(json.loads, (folders[row.cell] / "rounds.jsonl").read_text(encoding="utf-8").splitlines())
-            found[row.cell] = [(record["round"], record["metrics"][row.metric]) for record in records]
+            found[row.cell] = [(record["round"], record["metrics"].get(row.metric)) for record in records]
     return found
 
 

@@ -65,7 +65,7 @@ class Cell:
             "run": ("name", *(["seed"] if self.config.data.site_column else [])),
             "privacy": ("epsilon", "delta", "noise", "metrics", "metrics_share"),
             "simulation": ("seed",),
-            "evaluation": ("patience", "selection"),
+            "evaluation": ("every", "patience", "selection"),
         }
         for section, names in free.items():
             for name in names:

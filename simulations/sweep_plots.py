@@ -187,7 +187,7 @@ def convergence(groups: Sequence[Group], histories: Histories) -> Figure:
 
 
 def _curve(axes: Axes, group: Group, histories: Histories, title: str, line: _Line) -> None:
-    """Over the rounds that every seed evaluated: early stopping skips some."""
+    """Over the rounds that every seed evaluated: ``evaluation.every`` and early stopping skip some."""
     runs = [{round: value for round, value in histories[row.cell] if value is not None} for row in group.rows]
     rounds = sorted(set.intersection(*(set(run) for run in runs)))
     spreads = [spread for round in rounds if (spread := Spread.of(run[round] for run in runs))]

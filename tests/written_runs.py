@@ -35,6 +35,7 @@ def write_run(
     mechanism: str = "dp-sgd",
     metrics: Callable[[int], dict[str, float | None]] | None = None,
     settings: Mapping[str, Any] | None = None,
+    by_site: Callable[[int], dict[str, float | None]] | None = None,
 ) -> Path:
     """Writes a folder of ``done`` of the planned rounds; finished if all are done and there is no error.
 
@@ -42,6 +43,7 @@ def write_run(
         metrics: those of each round; accuracy and loss unless given.
         summary: further entries of summary.json.
         settings: further tables of run.toml.
+        by_site: the metric of each round on the rows of each site; empty where it was not evaluated.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = rounds if done is None else done
@@ -69,14 +71,18 @@ def write_run(
     _write(folder / "manifest.json", manifest)
     described = {site: _description(site, 100 + 10 * index, rounds, mechanism) for index, site in enumerate(sites)}
     _write(folder / "sites.json", described)
-    history = [{"round": 0, "phase": "base", "metrics": measured(0), "seconds": {"evaluate": 1.5}}]
+    history: list[dict[str, Any]] = [
+        {"round": 0, "phase": "base", "metrics": measured(0), "seconds": {"evaluate": 1.5}}
+    ]
     history += [_round(number, sites, outcomes, measured(number)) for number in range(1, done + 1)]
+    if by_site is not None:
+        history = [{**record, "by_site": by_site(record["round"])} for record in history]
     lines = "".join(json.dumps(record) + "\n" for record in history)
     (folder / "rounds.jsonl").write_text(lines, encoding="utf-8")
     if error is not None:
         _write(folder / "error.json", {"message": error, "exit_code": 3})
     elif done == rounds:
-        values = {record["round"]: record["metrics"][manifest["metric"]] for record in history}
+        values = {record["round"]: record["metrics"].get(manifest["metric"]) for record in history}
         known = {round: value for round, value in values.items() if value is not None}
         best = (max if higher else min)(known, key=lambda round: known[round])
         finished = {

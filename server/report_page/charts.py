@@ -117,7 +117,7 @@ def line_chart(
         title,
         description,
         y_title,
-        tuple(_drawn(line, across, down) for line in lines),
+        tuple(draw(line, across, down) for line in lines),
         tuple(Tick(across(x), f"{x:g}") for x in ticks(0, last, whole=True) if x <= last),
         tuple(Tick(down(y), y_label(y)) for y in steps),
         tuple(bands),
@@ -139,7 +139,8 @@ def ticks(low: float, high: float, whole: bool = False) -> tuple[float, ...]:
     return tuple(round(number * step, 12) for number in range(first, last + 1))
 
 
-def _drawn(line: Line, across: Callable[[float], float], down: Callable[[float], float]) -> Drawn:
+def draw(line: Line, across: Callable[[float], float], down: Callable[[float], float]) -> Drawn:
+    """A line in a chart's own units, which ``across`` and ``down`` give of x and y."""
     parts: list[list[tuple[float, float]]] = [[]]
     for x, y in line.points:
         if y is None:

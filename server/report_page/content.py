@@ -75,6 +75,20 @@ class BySite:
 
 
 @dataclass(frozen=True)
+class Course:
+    """The model, round by round, on the validation rows that are like one site's."""
+
+    site: str
+    points: tuple[tuple[int, float | None], ...]
+    """Each evaluated round and the metric after it."""
+
+    @property
+    def last(self) -> float | None:
+        """The metric after the last evaluated round."""
+        return self.points[-1][1]
+
+
+@dataclass(frozen=True)
 class Arm:
     """A run for comparison, on the coordinator's validation split."""
 
@@ -102,6 +116,8 @@ class Content:
     scores: tuple[Scores, ...]
     arms: tuple[Arm, ...]
     by_site: BySite | None
+    courses: tuple[Course, ...]
+    """The worst served after the last evaluated round first; none where the rows name no site."""
     accounts: tuple[Spending, ...]
     curves: tuple[Curve, ...]
     participation: Participation
@@ -136,6 +152,7 @@ def content_of(records: Records) -> Content:
         scores=_scores(records, metric, higher),
         arms=tuple(_arm(name, history, metric, higher) for name, history in records.arms.items()),
         by_site=_by_site(summary.get("by_site"), metric, higher),
+        courses=_courses(records.rounds, higher),
         accounts=tuple(spending(site, one, phases, rounds) for site, one in sorted(records.sites.items())),
         curves=curves(records.sites, phases, rounds),
         participation=participation(sorted(_everybody(records)), rounds, summary.get("absent", {})),
@@ -197,11 +214,15 @@ def _metric(records: Records) -> tuple[str, bool]:
 
 def _best(rounds: Sequence[Round], metric: str, higher: bool) -> tuple[int, float | None]:
     """Number and value of the best round; of equal ones the first, as the run itself chooses."""
-    values = [(int(record["round"]), _number(record["metrics"].get(metric))) for record in rounds]
-    known = [(number, value) for number, value in values if value is not None]
+    known = [(number, value) for number, value in values_by_round(rounds, metric) if value is not None]
     if not known:
         return 0, None
     return max(known, key=lambda pair: (pair[1] if higher else -pair[1], -pair[0]))
+
+
+def values_by_round(rounds: Sequence[Round], metric: str) -> tuple[tuple[int, float | None], ...]:
+    """Round and value of the rounds that were evaluated; a value of ``None`` is no number."""
+    return tuple((int(one["round"]), _number(one["metrics"].get(metric))) for one in rounds if one["metrics"])
 
 
 def _number(value: Any) -> float | None:
@@ -247,11 +268,10 @@ def _title(name: str, entry: Mapping[str, Any]) -> str:
 
 
 def _arm(name: str, history: Sequence[Round], metric: str, higher: bool) -> Arm:
-    points = tuple((int(record["round"]), _number(record["metrics"].get(metric))) for record in history)
     alone = name.startswith(ALONE)
     title = f"{name.removeprefix(ALONE)} alone" if alone else name
     title = "all sites together, without privacy" if name == NO_PRIVACY else title
-    return Arm(title, alone, points, _best(history, metric, higher)[1])
+    return Arm(title, alone, values_by_round(history, metric), _best(history, metric, higher)[1])
 
 
 def _by_site(found: Mapping[str, Any] | None, metric: str, higher: bool) -> BySite | None:
@@ -270,6 +290,19 @@ def _by_site(found: Mapping[str, Any] | None, metric: str, higher: bool) -> BySi
         if (before := _number(one.base.get(metric))) is not None and (value < before if higher else value > before)
     ]
     return BySite(found["split"], tuple(one for one, _ in valued), abs(valued[-1][1] - valued[0][1]), tuple(worse))
+
+
+def _courses(rounds: Sequence[Round], higher: bool) -> tuple[Course, ...]:
+    told = [record for record in rounds if record.get("by_site")]
+    if not told or told[-1]["round"] == 0:
+        return ()
+    courses = [
+        Course(site, tuple((int(one["round"]), _number(one["by_site"].get(site))) for one in told))
+        for site in told[-1]["by_site"]
+    ]
+    known = [(one, one.last) for one in courses if one.last is not None]
+    unknown = [one for one in courses if one.last is None]
+    return (*(one for one, _ in sorted(known, key=lambda pair: pair[1] if higher else -pair[1])), *unknown)
 
 
 def _everybody(records: Records) -> set[str]:

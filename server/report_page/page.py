@@ -11,14 +11,16 @@ from pathlib import Path
 import jinja2
 
 from server.checkpoint import write_atomically
-from server.report_page import charts, words
+from server.report_page import charts, small_multiples, words
 from server.report_page.charts import STYLES, Chart, Line, line_chart
-from server.report_page.content import Content, Status, content_of
+from server.report_page.content import Content, Status, content_of, values_by_round
 from server.report_page.participation import Outcome
 from server.report_page.records import records_of
 
 MOST_ALONE = 12
 """Lines of single sites in one chart."""
+SHOWN_PANELS = 12
+"""Sites whose own chart is always seen; the others can be opened."""
 SHOWN = 25
 """Rows of a table that are always seen; the others can be opened."""
 MOST = 1000
@@ -78,6 +80,9 @@ def render(content: Content) -> str:
         words=words,
         chart={chart.id: chart for chart in _charts(content)},
         frame=charts,
+        panels=small_multiples.panels_of(content),
+        panel_frame=small_multiples,
+        shown_panels=SHOWN_PANELS,
         style=(here / "page.css").read_text(encoding="utf-8"),
         symbols=SYMBOLS,
         legend=LEGEND,
@@ -95,7 +100,7 @@ def _charts(content: Content) -> list[Chart]:
 
 def _quality(content: Content) -> Chart | None:
     name = words.metric_name(content.metric)
-    own = _history(content, content.metric)
+    own = values_by_round(content.records.rounds, content.metric)
     # Of many sites alone the best and the worst; the table has all.
     arms = sorted(content.arms, key=lambda arm: (arm.best is None, arm.best or 0.0))
     if sum(arm.alone for arm in arms) > MOST_ALONE:
@@ -112,7 +117,7 @@ def _quality(content: Content) -> Chart | None:
         f"{name} on the coordinator's validation data, {' to '.join(ends)}. All values are in the table.",
         lines,
         name,
-        lambda value: _short(content.metric, value),
+        lambda value: words.short(content.metric, value),
         phases=_spans(content),
         mark=(content.best_round, "kept" if content.status is Status.COMPLETED else "best")
         if content.best_round
@@ -123,7 +128,7 @@ def _quality(content: Content) -> Chart | None:
 def _loss(content: Content) -> Chart | None:
     if content.metric == "loss":
         return None
-    own = _history(content, "loss")
+    own = values_by_round(content.records.rounds, "loss")
     lines = [Line("all sites together, on the coordinator's validation data", own, 0, marked=len(own) <= 40)]
     if any("loss" in record.get("site_metrics", {}) for record in content.rounds):
         told = [(record["round"], record.get("site_metrics", {}).get("loss")) for record in content.rounds]
@@ -182,10 +187,6 @@ def _replies(content: Content) -> Chart | None:
     )
 
 
-def _history(content: Content, metric: str) -> list[tuple[float, float | None]]:
-    return [(record["round"], record["metrics"].get(metric)) for record in content.records.rounds]
-
-
 def _spans(content: Content) -> list[tuple[str, int, int]]:
     """Name, first and last planned round of each phase."""
     spans, first = [], 1
@@ -193,10 +194,6 @@ def _spans(content: Content) -> list[tuple[str, int, int]]:
         spans.append((phase.settings.name, first, first + phase.settings.rounds - 1))
         first += phase.settings.rounds
     return spans if len(spans) > 1 else []
-
-
-def _short(metric: str, value: float) -> str:
-    return f"{100 * value:g} %" if metric in words.SHARES else f"{value:g}"
 
 
 def _scale(content: Content) -> tuple[float, float]:

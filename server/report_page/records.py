@@ -90,7 +90,8 @@ def _rounds(path: Path, folder: str) -> tuple[Round, ...]:
 def _lines(text: str) -> tuple[Round, ...]:
     rounds = tuple(_object(line) for line in text.splitlines())
     for record in rounds:
-        if not isinstance(record["round"], int) or not isinstance(record["metrics"], dict):
+        parts = (record["metrics"], record.get("by_site", {}))
+        if not isinstance(record["round"], int) or not all(isinstance(part, dict) for part in parts):
             raise ValueError("not a record of a round")
     return rounds
 

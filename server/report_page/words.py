@@ -50,6 +50,11 @@ def figure(metric: str, value: float | None) -> str:
     )
 
 
+def short(metric: str, value: float) -> str:
+    """A value on an axis; shares in per cent."""
+    return f"{100 * value:g} %" if metric in SHARES else f"{value:g}"
+
+
 def noisy_figure(metric: str, record: Round) -> str:
     """The sites' own metric in a round, with the deviation of the privacy noise in it."""
     value, noise = (record.get(key, {}).get(metric) for key in ("site_metrics", "site_metrics_noise"))
@@ -246,6 +251,19 @@ def fairness(content: Content) -> str | None:
         names = ", ".join(found.worse_than_base[:5]) + (" and others" if len(found.worse_than_base) > 5 else "")
         return f"{text} For {counted(len(found.worse_than_base), 'site')} ({names}) the model became worse by training."
     return f"{text} At no site is the model worse than before training."
+
+
+def last_served(content: Content) -> str | None:
+    """Which site is worst served after the last evaluated round, in one sentence."""
+    known = [one for one in content.courses if one.last is not None]
+    if len(known) < 2:
+        return None
+    worst, best = known[0], known[-1]
+    value = [figure(content.metric, one.last) for one in (worst, best)]
+    return (
+        f"After round {worst.points[-1][0]} the worst served is {worst.site} with {value[0]}, the best {best.site} "
+        f"with {value[1]}."
+    )
 
 
 def error_of(metric: str, scores: Metrics, examples: int) -> str:

@@ -13,6 +13,7 @@ from browser import Browser
 from written_runs import write_run
 
 import consilium
+from server.checkpoint import RunFolder
 from server.report_page.page import content_of_folder, write_page
 
 PHONE, DESKTOP = 360, 1280
@@ -55,12 +56,21 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         outcomes=lambda round, site: ("rejected", "late") if round % 9 == int(site[-1]) else ("admitted", ""),
         summary={"by_site": {"split": "test", "sites": scores}},
     )
+    drawn = [HOSTILE, "b" * 200, *many[:48]]
+    write_run(
+        folder / "by-site",
+        drawn,
+        rounds=60,
+        kind="simulation",
+        metrics=lambda n: {"loss": 2.0, "accuracy": 0.9 - 0.4 / (1 + n), "examples": 500.0},
+        by_site=lambda n: {site: 0.3 + place / 100 + n / 600 for place, site in enumerate(drawn)},
+    )
     for run in list(folder.iterdir()):
         write_page(content_of_folder(run), folder / f"{run.name}.html")
     return {page.stem: page for page in folder.glob("*.html")}
 
 
-KINDS = ["finished", "no-privacy", "hostile", "not-begun", "perplexity", "many"]
+KINDS = ["finished", "no-privacy", "hostile", "not-begun", "perplexity", "many", "by-site"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,9 +94,10 @@ def test_the_browser_would_tell_a_request_a_fault_and_a_page_too_wide(browser: B
     assert browser.value("document.documentElement.scrollWidth") > PHONE and browser.value("document.title") == "bad"
 
 
-def test_the_text_of_charts_can_be_read_on_a_phone(browser: Browser, pages: dict[str, Path]) -> None:
-    browser.open(pages["finished"], PHONE)
-    sizes = browser.value(TEXT_SIZES)
+@pytest.mark.parametrize("kind", ["finished", "by-site"])
+def test_the_text_of_charts_can_be_read_on_a_phone(browser: Browser, pages: dict[str, Path], kind: str) -> None:
+    browser.open(pages[kind], PHONE)
+    sizes = [size for size in browser.value(TEXT_SIZES) if size]  # what is folded up has none
     assert len(sizes) > 20 and min(sizes) >= 9  # the height of a line, in CSS pixels
 
 
@@ -94,7 +105,21 @@ def test_a_browser_that_does_not_run_scripts_misses_nothing(pages: dict[str, Pat
     assert not any("<script" in page.read_text(encoding="utf-8") for page in pages.values())
 
 
-@pytest.mark.parametrize("kind", ["finished", "many"])
+@pytest.mark.parametrize("width", [PHONE, DESKTOP])
+def test_small_charts_stand_side_by_side_under_the_names_of_their_sites(
+    browser: Browser, pages: dict[str, Path], width: int
+) -> None:
+    browser.open(pages["by-site"], width)
+    boxes = browser.value(
+        "[...document.querySelectorAll('.panels figure')].filter(one => one.checkVisibility()).map(one => "
+        "[one.getBoundingClientRect().left, one.getBoundingClientRect().width, one.innerText.split(/\\s/)[0]])"
+    )
+    assert len(boxes) == 12 and len({left for left, _, _ in boxes}) == (2 if width == PHONE else 5)
+    assert all(width > 130 for _, width, _ in boxes)
+    assert boxes[2][2] == "hospital-000"
+
+
+@pytest.mark.parametrize("kind", ["finished", "many", "by-site"])
 def test_the_page_can_be_printed(browser: Browser, pages: dict[str, Path], kind: str) -> None:
     browser.open(pages[kind], DESKTOP)
     printed = browser.pdf()
@@ -141,9 +166,19 @@ train = ["head"]
         # Ten rows of each site: the mean over the sites is the mean over all rows.
         accuracies = [one[part]["accuracy"] for one in by_site["sites"].values()]
         assert sum(accuracies) / 3 == pytest.approx(whole["accuracy"])
+    rounds = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
+    assert [set(record["by_site"]) for record in rounds] == 4 * [{"north", "south", "west"}]
+    checkpoint = RunFolder(out).latest()  # what a resumption goes on from
+    assert checkpoint is not None and [one["by_site"] for one in checkpoint.history] == [
+        one["by_site"] for one in rounds
+    ]
+    for record in rounds:  # ten validation rows of each site too, so that a site's accuracy is tenths
+        assert sum(record["by_site"].values()) / 3 == pytest.approx(record["metrics"]["accuracy"])
+        assert all(round(10 * value, 6).is_integer() for value in record["by_site"].values())
     browser.open(out / "report.html", PHONE)
     assert browser.console == [] and browser.requests == []
     assert browser.value("document.documentElement.scrollWidth") <= PHONE
     shown = str(browser.value("document.body.innerText"))
+    assert "Round by round" in shown and "After round 3 the worst served is" in shown
     assert "Worst served is" in shown and "north alone" in shown and "together, without privacy" in shown
     assert summary["run_id"] in shown

@@ -321,3 +321,77 @@ def test_rows_that_name_no_site_are_left_out_and_too_many_sites_are_not_told_apa
     assert list(subject.by_site(scores, "test")) == list(subject.sites("test")) == ["north", "south"]
     monkeypatch.setattr(evaluation, "MOST_SITES", 1)
     assert subject.by_site(scores, "test") == {} and subject.sites("test") == ()
+
+
+def six_rows(model: AdaptedModel, source: Path, metric: str, sites: tuple[str, ...]) -> Evaluator:
+    """Of the first six validation rows, which are like those sites."""
+    data = held_out(model, str(source), "validation", COLUMNS, 6)
+    return Evaluator(model, {"validation": replace(data, sites=sites)}, metric)
+
+
+SIX_SITES = ("north", "south", "north", "west", "", "north")
+SIX = {
+    "predicted": np.array([0, 1, 2, 1, 0, 0]),
+    "label": np.array([0, 1, 0, 2, 0, 0]),
+    "loss": np.array([0.1, 0.4, 1.4, 3.0, 0.2, 0.5]),
+}
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("accuracy", {"north": 0.6667, "south": 1.0, "west": 0.0}),  # 2 of 3, 1 of 1, 0 of 1
+        ("loss", {"north": 0.6667, "south": 0.4, "west": 3.0}),  # (0.1 + 1.4 + 0.5) / 3
+        ("macro_f1", {"north": 0.4, "south": 1.0, "west": 0.0}),  # north: 2·1·(2/3) / (1 + 2/3) = 0.8, and 0
+    ],
+)
+def test_a_rounds_metric_by_site_is_that_of_the_sites_rows_to_four_digits(
+    metric: str, expected: dict[str, float], tiny_bert: Path, triage_data: Path, adapted_model: Load
+) -> None:
+    subject = six_rows(adapted_model(tiny_bert), triage_data, metric, SIX_SITES)
+    assert subject.metric_by_site(SIX, "validation") == expected
+
+
+def test_more_sites_than_a_record_may_hold_give_none_by_round(
+    tiny_bert: Path, triage_data: Path, adapted_model: Load
+) -> None:
+    most = evaluation.MOST_SITES_BY_ROUND
+    model = adapted_model(tiny_bert)
+    for sites, told in ((most, most), (most + 1, 0)):
+        names = tuple(f"site-{number:03d}" for number in range(sites))
+        subject = six_rows(model, triage_data, "accuracy", names)
+        scores = {key: np.tile(values, 9)[:sites] for key, values in SIX.items()}
+        assert len(subject.metric_by_site(scores, "validation")) == told
+        assert len(subject.by_site(scores, "validation")) == sites  # at the end they are told apart all the same
+
+
+def test_what_a_round_records_is_measured_in_one_pass_and_its_sites_add_up_to_the_metric(
+    tiny_bert: Path,
+    triage_data: Path,
+    adapted_model: Load,
+    random_adapter: Draw,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = adapted_model(tiny_bert, lora={"layers": 2})
+    state = random_adapter(model, 4)
+    splits = {
+        split: held_out(model, str(triage_data), split, COLUMNS, None, site_column=column)
+        for split, column in (("validation", "hospital"), ("test", "clinic"))
+    }
+    subject = Evaluator(model, splits)
+    plain = {split: subject.evaluate(state, split) for split in splits}
+    passes: list[int] = []
+    score = model.task.score
+
+    def counted(logits: torch.Tensor, targets: torch.Tensor) -> Any:
+        passes.append(len(targets))
+        return score(logits, targets)
+
+    monkeypatch.setattr(model.task, "score", counted)
+    found = subject.measured(state, "validation")
+    assert sum(passes) == 30 and found["metrics"] == plain["validation"]
+    rows = splits["validation"].sites
+    assert set(found["by_site"]) == set(rows) == {"north", "south", "west"}
+    together = sum(found["by_site"][site] for site in rows) / 30
+    assert together == pytest.approx(plain["validation"]["accuracy"], abs=5e-5)
+    assert subject.measured(state, "test") == {"metrics": plain["test"]}  # no such column

@@ -8,10 +8,12 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import server.follow as follow
 from common.config import RunConfig
@@ -20,6 +22,7 @@ from common.toml_settings import validate
 from server.checkpoint import RunFolder
 from server.follow import run_deployment
 from server.lock import RunLock
+from server.progress import Bars
 from server.settings import Submission, absolute, resolved_toml
 
 FLOWER_RUN = 5
@@ -91,6 +94,23 @@ def test_a_run_is_submitted_with_its_settings_and_shown_to_its_end(superlink: Su
     assert submission.run_id.startswith("consilium-") and not submission.resume
     assert submission.out == str(tmp_path / "out") and json.loads(submission.config)["server"]["insecure"]
     assert watcher.rounds == [0, 1, 2]
+
+
+def test_rounds_that_were_not_evaluated_are_followed_too(superlink: SuperLink, tmp_path: Path) -> None:
+    metrics: list[dict[str, float | None]] = [{"loss": 0.5}, {}, {"loss": None}, {"loss": 0.25}]
+    records = [{"round": round, "metrics": measured} for round, measured in enumerate(metrics)]
+
+    def begins(submission: Submission) -> None:
+        _made(Path(submission.out))
+        _finish(Path(submission.out))
+        (Path(submission.out) / "rounds.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+
+    superlink.begins = begins
+    stream = StringIO()
+    with Bars("run", 3, Console(file=stream, force_terminal=True, width=120)) as bars:
+        run_deployment(_config(), tmp_path / "out", False, bars)
+        assert bars._progress.tasks[0].completed == 3
+    assert "loss 0.250" in stream.getvalue()
 
 
 def test_a_submission_that_fails_leaves_no_folder(superlink: SuperLink, tmp_path: Path) -> None:

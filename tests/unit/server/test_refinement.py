@@ -17,7 +17,8 @@ from common.examples import Examples
 from common.sections import PhaseSection
 from common.tasks.base import Encoded
 from server import refinement
-from server.refinement import Head, Refiner, accumulated, discriminant, refined, step_deviations
+from server.linear_head import Head, HeldOutFeatures
+from server.refinement import Refiner, accumulated, discriminant, refined, step_deviations
 
 Load = Callable[..., AdaptedModel]
 HEAD = "base_model.model.classifier."
@@ -178,6 +179,10 @@ def texts(model: AdaptedModel, target: int = 0) -> Examples:
     return Examples(encoded, model.task)
 
 
+def refiner_of(model: AdaptedModel, target: int = 0) -> Refiner:
+    return Refiner(HeldOutFeatures(model, texts(model, target)))
+
+
 @pytest.fixture
 def adapter(model: AdaptedModel, random_adapter: Callable[..., AdapterState]) -> AdapterState:
     """Before any LoRA phase: every B is zero."""
@@ -186,7 +191,7 @@ def adapter(model: AdaptedModel, random_adapter: Callable[..., AdapterState]) ->
 
 
 def test_labels_are_not_looked_at(model: AdaptedModel, adapter: AdapterState) -> None:
-    one, other = (Refiner(model, texts(model, target)).refined(adapter, phase(), [0.5]) for target in (0, 1))
+    one, other = (refiner_of(model, target).refined(adapter, phase(), [0.5]) for target in (0, 1))
     for name in one:
         np.testing.assert_array_equal(one[name], other[name])
 
@@ -199,24 +204,24 @@ def test_texts_are_mapped_once_for_a_feature_map_and_anew_for_another(
     turned = {**adapter, name: np.ascontiguousarray(adapter[name][::-1])}
     moved = {**adapter, f"{FEATURE_MAP}bias": adapter[f"{FEATURE_MAP}bias"] + np.float32(1)}
     later = {**adapter, HEAD + "weight": 2 * adapter[HEAD + "weight"]}
-    refiner, passes = Refiner(model, texts(model)), 0
+    refiner, passes = refiner_of(model), 0
     frozen_features = Examples.frozen_features
 
     def counted(self: Examples, *arguments: Any) -> Any:
         nonlocal passes
-        passes += self is refiner.texts
+        passes += self is refiner.held_out.texts
         return frozen_features(self, *arguments)
 
     monkeypatch.setattr(Examples, "frozen_features", counted)
     for given, expected in ((adapter, 1), (later, 1), (turned, 2), (moved, 3), (adapter, 4), (adapter, 4)):
         found = refiner.refined(given, phase(), [0.5])
-        alone = Refiner(model, texts(model)).refined(given, phase(), [0.5])
+        alone = refiner_of(model).refined(given, phase(), [0.5])
         assert all(np.array_equal(found[name], alone[name]) for name in alone)
         assert passes == expected
 
 
 def test_only_what_the_head_sees_of_the_features_changes(model: AdaptedModel, adapter: AdapterState) -> None:
-    found = Refiner(model, texts(model)).refined(adapter, phase(), [0.5])
+    found = refiner_of(model).refined(adapter, phase(), [0.5])
     changed = {name for name in found if not np.array_equal(found[name], adapter[name])}
     assert changed == {HEAD + "weight", HEAD + "bias"}
     np.testing.assert_array_equal(found[HEAD + "weight"][:, 6:], adapter[HEAD + "weight"][:, 6:])
@@ -226,7 +231,7 @@ def test_only_what_the_head_sees_of_the_features_changes(model: AdaptedModel, ad
 def test_a_phase_that_does_not_ask_and_a_head_on_other_features_stay_as_they_are(
     model: AdaptedModel, adapter: AdapterState, random_adapter: Callable[..., AdapterState]
 ) -> None:
-    refiner = Refiner(model, texts(model))
+    refiner = refiner_of(model)
     adapted = random_adapter(model)
     for given, asked in ((adapter, phase(server_refinement=False)), (adapted, phase())):
         found = refiner.refined(given, asked, [0.5])
@@ -236,7 +241,7 @@ def test_a_phase_that_does_not_ask_and_a_head_on_other_features_stay_as_they_are
 def test_a_hostile_head_is_left_alone(model: AdaptedModel, adapter: AdapterState) -> None:
     """What is not finite loses by its score, not by an error of the coordinator."""
     wild = {**adapter, HEAD + "bias": np.full_like(adapter[HEAD + "bias"], np.nan)}
-    found = Refiner(model, texts(model)).refined(wild, phase(), [0.5])
+    found = refiner_of(model).refined(wild, phase(), [0.5])
     np.testing.assert_array_equal(found[HEAD + "weight"], wild[HEAD + "weight"])
 
 

@@ -22,7 +22,7 @@ from common.privacy.in_words import odds_factor, odds_in_words
 from server.admission import Rejection
 from server.report_page import words
 from server.report_page.charts import Line, line_chart, ticks
-from server.report_page.content import Content, Status, as_object
+from server.report_page.content import Content, Status, as_object, values_by_round
 from server.report_page.page import content_of_folder, render
 from server.report_page.participation import REASONS, Outcome, participation
 
@@ -159,6 +159,38 @@ def test_the_round_that_is_best_so_far_is_the_least_perplexed_and_no_number_is_n
     assert "perplexity went from 60.0 before training to 40.0 so far (lower is better)" in text_of(html)
 
 
+def test_rounds_that_were_not_evaluated_are_dashes_and_no_points_and_break_no_line(tmp_path: Path) -> None:
+    """Of five rounds 2, 4 and 5 are evaluated, so the line has four corners and 1 and 3 none."""
+    scores = {0: 0.5, 2: 0.7, 4: 0.9, 5: 0.8}
+    measured: dict[int, dict[str, float | None]] = {
+        round: {"loss": 1.0, "accuracy": value, "examples": 200.0} for round, value in scores.items()
+    }
+    settings = {"evaluation": {"every": 2}}
+    write_run(tmp_path, settings=settings, metrics=lambda round: measured.get(round, {}))
+    write_run(tmp_path / "arms" / "alone-north", ["north"], metrics=lambda round: measured.get(round, {}))
+    content, html = page(tmp_path)
+    assert content.best_round == 4 and values_by_round(content.rounds, "accuracy") == ((2, 0.7), (4, 0.9), (5, 0.8))
+    assert content.arms[0].points == ((0, 0.5), (2, 0.7), (4, 0.9), (5, 0.8)) and content.arms[0].best == 0.9
+    (chart,) = re.findall(r'<p class="title" id="quality-caption">.*?</figure>', html, flags=re.DOTALL)
+    lines = re.findall(r'<polyline [^>]*points="([^"]*)"', chart)
+    assert len(lines) == 2 and all(len(line.split()) == 4 for line in lines) and chart.count("<circle") == 4
+    assert "50.0 % to 80.0 %" in text_of(html)
+    table = text_of(html).split("All rounds as a table")[1]
+    assert "1 head – – 3/3" in table and "2 head 1.000 70.0 % 3/3" in table and "3 head – – 3/3" in table
+    assert "–: not evaluated, as evaluation.every = 2 asks" in table
+
+
+def test_a_running_run_whose_last_round_was_not_evaluated_has_a_page(tmp_path: Path) -> None:
+    figures: dict[str, float | None] = {"loss": 1.0, "accuracy": 0.7, "examples": 200.0}
+    write_run(tmp_path, done=3, metrics=lambda round: {} if round % 2 else figures)
+    content, html = page(tmp_path)
+    assert content.best_round == 0 and "3 of five planned rounds" in text_of(html)
+    assert "70.0 % before training to 70.0 % so far" in text_of(html)
+    assert "Accuracy by round" in text_of(html)
+    only_base = write_run(tmp_path / "first", done=1, metrics=lambda round: {} if round else figures)
+    assert "Accuracy by round" not in text_of(page(only_base)[1])
+
+
 # ---- ε -------------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +321,77 @@ def test_the_worst_site_the_spread_and_who_lost_are_named(tmp_path: Path) -> Non
     assert "For one site (west) the model became worse by training." in text
     assert "± 9.6" in text  # sqrt(0.64 · 0.36 / 25)
     assert "Site by site" not in text_of(page(write_run(tmp_path / "unknown"))[1])
+
+
+def test_each_site_has_a_chart_by_round_worst_last_round_first_on_one_scale(tmp_path: Path) -> None:
+    """Accuracy from 50 % to 90 %: the scale is 50 % at the bottom (90) to 90 % at the top (8), 2.05 for each point."""
+    courses: dict[str, list[float | None]] = {
+        "north": [0.5, 0.6, None, 0.9],
+        "south": [0.5, 0.5, 0.5, 0.6],
+        HOSTILE: [0.9, 0.8, 0.8, 0.7],
+    }
+    folder = write_run(
+        tmp_path,
+        rounds=3,
+        metrics=lambda round: {"loss": 1.0, "accuracy": 0.5 + 0.1 * round, "examples": 200.0},
+        by_site=lambda round: {site: values[round] for site, values in courses.items()},
+    )
+    content, html = page(folder)
+    assert [one.site for one in content.courses] == ["south", HOSTILE, "north"]
+    panels = re.findall(r"<figcaption>.*?</figure>", html, flags=re.DOTALL)
+    assert [re.findall(r"<b>(.*?)</b> ([\d.]+)", panel)[0] for panel in panels] == [
+        ("south", "60.0"),
+        ("&lt;script&gt;alert(&#34;x&#34;)&lt;/script&gt;", "70.0"),
+        ("north", "90.0"),
+    ]
+    assert 'aria-label="south: accuracy 50.0\N{NO-BREAK SPACE}% at round 0, 60.0\N{NO-BREAK SPACE}% at round 3"' in html
+    lines = [re.findall(r'<polyline class="line s(\d)" points="([^"]*)"', panel) for panel in panels]
+    together = ("7", "50,90 98,69.5 146,49 194,28.5")
+    assert lines[0] == [together, ("0", "50,90 98,90 146,90 194,69.5")]
+    assert lines[1] == [together, ("0", "50,8 98,28.5 146,28.5 194,49")]
+    assert lines[2] == [together, ("0", "50,90 98,69.5")]  # no number after round 2: the line breaks
+    assert '<circle class="dot s0" cx="194.0" cy="8.0"' in panels[2]
+    text = text_of(html)
+    assert "After round 3 the worst served is south with 60.0 %, the best north with 90.0 %." in text
+    assert "this site's rows all validation rows round 3, kept" in text
+    assert re.findall(r'<li><a href="#(\w+)">Site', html) == ["sites"]
+
+
+def test_where_less_is_better_the_worst_site_has_the_most(tmp_path: Path) -> None:
+    written = write_run(
+        tmp_path,
+        done=2,
+        settings={"task": {"name": "causal-lm"}},
+        metrics=lambda round: {"loss": 4.0, "perplexity": 60.0 - round},
+        by_site=lambda round: {"north": 50.0 - round, "south": 70.0 - round, "west": None},
+    )
+    content, html = page(written)
+    assert [one.site for one in content.courses] == ["south", "north", "west"]
+    assert "After round 2 the worst served is south with 68.0, the best north with 48.0." in text_of(html)
+    assert "Perplexity (lower is better) on the coordinator's validation rows" in text_of(html)
+
+
+def test_rounds_that_were_not_evaluated_are_no_points_of_a_sites_chart(tmp_path: Path) -> None:
+    by_site: dict[int, dict[str, float | None]] = {0: {"a": 0.5}, 2: {"a": 0.7}}
+    content, html = page(write_run(tmp_path, done=3, by_site=lambda round: by_site.get(round, {})))
+    (course,) = content.courses
+    assert course.points == ((0, 0.5), (2, 0.7)) and course.last == 0.7
+    assert "Round by round" in text_of(html) and "worst served is" not in text_of(html)
+
+
+@pytest.mark.parametrize("written", [{}, {"done": 0, "by_site": lambda round: {"a": 0.5, "b": 0.6}}])
+def test_without_a_site_column_or_a_round_there_is_no_chart_by_site(tmp_path: Path, written: dict[str, Any]) -> None:
+    content, html = page(write_run(tmp_path, **written))
+    assert content.courses == () and "Round by round" not in html and 'href="#sites"' not in html
+
+
+def test_of_many_sites_the_worst_served_are_seen_and_the_others_can_be_opened(tmp_path: Path) -> None:
+    names = [f"hospital-{number:02d}" for number in range(50)]
+    folder = write_run(tmp_path, names, rounds=90, by_site=lambda round: dict.fromkeys(names, 0.5))
+    html = page(folder)[1]
+    seen, opened = html.split("<summary>38 more</summary>")
+    assert (seen.count("<figcaption>"), opened.count("<figcaption>")) == (12, 38)
+    assert len(html.encode()) < 1_000_000
 
 
 def test_the_runs_compared_with_stand_beside_the_run(tmp_path: Path) -> None:
@@ -446,6 +549,7 @@ def test_the_content_can_be_had_as_data(
         ("manifest.json", '{"schema_version": 99}', "newer version"),
         ("summary.json", "[]", "summary.json is damaged"),
         ("rounds.jsonl", '{"round": 0}', "rounds.jsonl is damaged"),
+        ("rounds.jsonl", '{"round": 0, "metrics": {}, "by_site": 1}', "rounds.jsonl is damaged"),
         ("run.toml", "[task]\nlabelz = 1", "labelz"),
     ],
 )

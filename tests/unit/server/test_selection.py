@@ -74,6 +74,23 @@ def test_nothing_is_kept_of_a_round_without_a_metric(evaluator: Evaluator) -> No
     assert kept(evaluator, [nan, 0.2]) == 1
 
 
+@pytest.mark.parametrize("rule", ["best", "one-standard-error"])
+def test_a_round_that_was_not_evaluated_is_never_kept_and_never_the_best(evaluator: Evaluator, rule: str) -> None:
+    selection = Selection(evaluator, rule, private=True)
+    base, best, plain = (
+        {"round": round, "metrics": {"accuracy": value, "examples": 400.0}}
+        for round, value in ((0, 0.1), (2, 0.9), (4, 0.89))
+    )
+    for history in ([base], [base, best]):
+        for round in (1, 3):
+            assert not selection.keeps({"round": round, "metrics": {}}, history)
+    history = [base, {"round": 1, "metrics": {}}, best, {"round": 3, "metrics": {}}]
+    assert selection.best(history) is best
+    assert selection.keeps(plain, history) == (rule == "one-standard-error")
+    unknown = {"round": 0, "metrics": {"accuracy": nan, "examples": 400.0}}
+    assert not selection.keeps({"round": 1, "metrics": {}}, [unknown])
+
+
 def test_early_stopping_looks_at_the_best(evaluator: Evaluator) -> None:
     accuracies = enumerate([0.1, 0.9, 0.89])
     records = [{"round": n, "metrics": {"accuracy": value, "examples": 400.0}} for n, value in accuracies]

@@ -104,7 +104,7 @@ def test_settings_of_phases_may_be_the_same_in_all_cells() -> None:
 def test_cells_share_a_model_and_its_data_unless_a_setting_touches_either() -> None:
     cells = grid("privacy.epsilon=1,8", "server.algorithm=ffa,fedsvd", "phase.lora.rounds=2,3", tables=WRITTEN, seeds=2)
     assert len({cell.resident for cell in cells}) == 1
-    for over in ("evaluation.selection=best,auto", "evaluation.patience=1,2"):
+    for over in ("evaluation.selection=best,auto", "evaluation.patience=1,2", "evaluation.every=1,2"):
         assert len({cell.resident for cell in grid(over, tables=WRITTEN)}) == 1, over
     for over in ("lora.r=4,8", "task.max_length=32,64", "privacy.epsilon=8,none", "evaluation.limit=5,6"):
         assert len({cell.resident for cell in grid(over, tables=WRITTEN)}) == 2, over

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from simulations.sweep import histories_of
 from simulations.sweep_plots import COLOURS, convergence, draw, frontier
 from simulations.sweep_results import Group, Row
 
@@ -90,6 +92,21 @@ def test_convergence_is_the_mean_by_round_over_the_rounds_that_every_seed_has() 
     assert curve[1] == pytest.approx([0.51, 0.52, 0.53, 0.55, 0.56])
     assert len(figure.axes[0].collections) == 1  # the band
     assert figure.axes[0].get_ylabel() == "validation accuracy"
+
+
+def test_rounds_that_were_not_evaluated_are_no_points_of_the_curve(tmp_path: Path) -> None:
+    """Rounds 0, 2, 4 and 5 are evaluated, and seed 1 stopped after round 4."""
+    (group,) = of = groups(("1",), ("ffa",))
+    folders = {row.cell: tmp_path / row.cell for row in group.rows}
+    for row in group.rows:
+        folders[row.cell].mkdir()
+        records = [
+            {"round": round, "metrics": {"accuracy": 0.5 + 0.01 * round} if round in (0, 2, 4, 5) else {}}
+            for round in range(5 if row.seed == 1 else 6)
+        ]
+        (folders[row.cell] / "rounds.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    (curve,) = lines(convergence(of, histories_of(group.rows, folders)).axes[0]).values()
+    assert curve[0] == [0, 2, 4] and curve[1] == pytest.approx([0.5, 0.52, 0.54])
 
 
 def test_more_than_eight_curves_are_parted_into_panels() -> None:
