@@ -82,6 +82,8 @@ def measured() -> str:
         )
     if (RESULTS / "simulation.json").exists():
         parts.append(_simulation(json.loads((RESULTS / "simulation.json").read_text(encoding="utf-8"))["rows"]))
+    if (RESULTS / "frozen_linear.json").exists():
+        parts.append(_frozen_linear(json.loads((RESULTS / "frozen_linear.json").read_text(encoding="utf-8"))))
     if (RESULTS / "deployment.json").exists():
         result = json.loads((RESULTS / "deployment.json").read_text(encoding="utf-8"))
         parts.append(str(result["summary"]))
@@ -141,7 +143,8 @@ def _simulation(rows: list[dict[str, Any]]) -> str:
             same, plain = (row[f"over_{loop}"]["rounds"] for loop in ("same", "plain"))
             lines.append(
                 f"- core-seconds of a round of 8 steps × batch 16 ({cell}): {same['median']:.3f} of a bare loop over "
-                f"the same batches, {plain['median']:.2f} of one that pads each step to its longest example"
+                f"the same batches with the same linear maps, {plain['median']:.2f} of a loop of plain torch that pads "
+                "each step to its longest example"
             )
         elif stage == "little":
             extra = row["over_same"]["extra_core_ms_per_client_round"]
@@ -152,7 +155,7 @@ def _simulation(rows: list[dict[str, Any]]) -> str:
         elif stage == "prefix":
             lines.append(
                 f"- top 2 of 6 layers, frozen-prefix cache ({cell}): {row['faster_than_plain']:.2f} × as fast "
-                "as the bare loop with all six adapted"
+                "as a loop of plain torch with all six adapted"
             )
         elif stage == "cores":
             lines.append(f"- two workers on two cores ({cell}): {row['faster']['median']:.2f} × as fast as one")
@@ -168,6 +171,21 @@ def _simulation(rows: list[dict[str, Any]]) -> str:
                 f"{row['seconds_to_first_message']:.1f} s, {row['peak_memory_mib']} MiB at most"
             )
     return "\n".join(lines)
+
+
+def _frozen_linear(found: dict[str, Any]) -> str:
+    """What benchmarks/frozen_linear.py has measured, as one sentence."""
+    where = found["environment"]
+    shares = {
+        what: sorted(row["onednn_over_mkl"]["median"] for row in found["rows"] if row["what"] == what)
+        for what in ("step", "forward")
+    }
+    return (
+        f"The base's frozen linear maps by oneDNN (`benchmarks/frozen_linear.py`, {where['cpu']}, one thread): a LoRA "
+        f"training step takes {shares['step'][0]:.2f} to {shares['step'][-1]:.2f} of the time that it takes with MKL, "
+        f"a forward pass {shares['forward'][0]:.2f} to {shares['forward'][-1]:.2f} (medians of {found['turns']} turns, "
+        "three shapes of batch)."
+    )
 
 
 def _dp_steps(cells: dict[str, Any]) -> str:
