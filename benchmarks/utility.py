@@ -268,8 +268,10 @@ def _mean(cells: list[Cell]) -> str:
     if not cells:
         return "not run"
     columns = zip(*(cell[TEST] for cell in cells), strict=True)
+    if len(cells) == 1:
+        return " / ".join(f"{100 * value:.1f}" for (value,) in columns) + " (1 seed)"
     spreads = [f"{100 * statistics.mean(one):.1f} ± {100 * statistics.pstdev(one):.1f}" for one in columns]
-    return " / ".join(spreads) + (f" ({len(cells)} seeds)" if len(cells) > 1 else " (1 seed)")
+    return " / ".join(spreads) + f" ({len(cells)} seeds)"
 
 
 def _last(cells: list[Cell]) -> str:
