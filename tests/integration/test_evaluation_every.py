@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stopped_runs import Stopped, StopsAfter
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common.config import RunConfig
@@ -18,26 +18,10 @@ from server.checkpoint import RunFolder
 from server.evaluation import Evaluator
 from server.report_page.page import content_of_folder, render
 from server.rounds import VALIDATION
-from server.watcher import Silent
 from simulations.simulate import simulate
 
 EVALUATED = [0, 2, 3, 5, 6]
 """Of two phases of three rounds each: before round 1, the second of each, the last of each."""
-
-
-class Stopped(Exception):
-    """The run was stopped on purpose."""
-
-
-class StopsAfter(Silent):
-    """Stops a run after a round."""
-
-    def __init__(self, last: int | None) -> None:
-        self.last = last
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        if record["round"] == self.last:
-            raise Stopped
 
 
 @dataclass

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from stopped_runs import Stopped, StopsAfter
 
 from client.privacy.ledger import Ledger
 from client.site import Site
@@ -59,21 +60,6 @@ def settings(model: Path, folder: Path, **sections: Any) -> RunConfig:
     for name, section in sections.items():
         tables[name] = {**tables.get(name, {}), **section} if isinstance(section, dict) else section
     return validate(RunConfig, tables, "test")
-
-
-class Stopped(Exception):
-    """The coordinator is stopped after a round."""
-
-
-class StopsAfter(Silent):
-    """Stops a run after a round."""
-
-    def __init__(self, last: int | None) -> None:
-        self.last = last
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        if record["round"] == self.last:
-            raise Stopped
 
 
 def run(federation: Federation, config: RunConfig, out: Path, resume: bool = False, last: int | None = None) -> Trained:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
+from stopped_runs import Stopped, StopsAfter
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from common.adapter import rank_of
@@ -21,7 +22,6 @@ from common.errors import ConfigError
 from common.model import pool
 from common.toml_settings import validate
 from server.predict import predict
-from server.watcher import Silent
 from simulations.simulate import simulate
 
 LABELS = ("urgent", "routine", "review")
@@ -54,21 +54,6 @@ def settings(tiny_bert: Path, triage_data: Path) -> dict[str, Any]:
 
 def with_phase(settings: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
     return {**settings, "phase": [{**settings["phase"][0], **changes}]}
-
-
-class Interrupted(Exception):
-    """The coordinator is stopped after a round."""
-
-
-class StopsAfter(Silent):
-    """Stops a run after a round."""
-
-    def __init__(self, last: int | None) -> None:
-        self.last = last
-
-    def round(self, record: Mapping[str, Any]) -> None:
-        if record["round"] == self.last:
-            raise Interrupted
 
 
 def run(settings: Mapping[str, Any], out: Path, resume: bool = False, stop_after: int | None = None) -> dict[str, Any]:
@@ -123,7 +108,7 @@ def test_ranks_are_dealt_out_in_the_order_of_the_sites_names(settings: dict[str,
 def test_an_interrupted_run_of_unequal_ranks_goes_on_bit_for_bit(settings: dict[str, Any], tmp_path: Path) -> None:
     settings["simulation"] = {"ranks": [8, 4, 2]}
     run(settings, tmp_path / "whole")
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         run(settings, tmp_path / "resumed", stop_after=2)
     run(settings, tmp_path / "resumed", resume=True)
     resumed = adapter_of(tmp_path / "resumed")
@@ -187,7 +172,7 @@ def test_the_best_rounds_correction_outlives_later_rounds_and_an_interruption(
     settings = with_phase(settings, algorithm="fedex", learning_rate=0.3, rounds=5)
     whole = run(settings, tmp_path / "whole")
     assert 0 < whole["best_round"] < 5
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         run(settings, tmp_path / "resumed", stop_after=whole["best_round"])
     resumed = run(settings, tmp_path / "resumed", resume=True)
     assert resumed["best_round"] == whole["best_round"] and resumed["test"] == whole["test"]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from stopped_runs import Stopped, StopsAfter
 
 from client.site import Site
 from common import number_formats
@@ -156,32 +157,20 @@ def test_a_release_in_another_format_or_with_hostile_scales_is_rejected_by_name_
     assert np.isfinite(record["metrics"]["loss"])
 
 
-class Interrupted(Exception):
-    """The coordinator is stopped after a round."""
-
-
-class StopsAfter(Silent):
-    """Stops a run after a round."""
-
-    def round(self, record: Any) -> None:
-        if record["round"] == 2:
-            raise Interrupted
-
-
 class StopsWithin(Silent):
     """Stops a run after the second reply of a round."""
 
     def reply(self, round: int, site: str, outcome: str) -> None:
         if (round, site) == (3, "south"):
-            raise Interrupted
+            raise Stopped
 
 
 def test_a_resumed_run_asks_everybody_in_full_once_and_comes_to_the_same_result(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(settings, tmp_path / "whole")
-    with pytest.raises(Interrupted):
-        run(settings, tmp_path / "out", watcher=StopsAfter())
+    with pytest.raises(Stopped):
+        run(settings, tmp_path / "out", watcher=StopsAfter(2))
     asked = answering(monkeypatch, honest)
     resumed = run(settings, tmp_path / "out", resume=True)
     assert adapter(tmp_path / "out") == adapter(tmp_path / "whole")
@@ -197,7 +186,7 @@ def test_a_round_resumed_between_two_replies_counts_the_stored_ones_too(
     settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(settings, tmp_path / "whole")
-    with pytest.raises(Interrupted):
+    with pytest.raises(Stopped):
         run(settings, tmp_path / "out", watcher=StopsWithin())
     asked = answering(monkeypatch, honest)
     resumed = run(settings, tmp_path / "out", resume=True)
