@@ -49,7 +49,7 @@ from simulations.federation import Arm, Federation
 ROOT = Path(__file__).resolve().parent.parent
 CELLS, TABLE = RESULTS / "utility.jsonl", RESULTS / "utility.md"
 EPSILONS: tuple[float | None, ...] = (None, 8.0, 3.0, 1.0)
-RATES = (0.5, 4.0)
+RATES = (0.5, 4.0, 16.0)
 """Learning rates of the LoRA phase in the race."""
 DEFAULT = "default"
 """In the place of an algorithm: the default recipe as it is, ``ffa`` under DP, else ``fedit`` with FedAdam."""

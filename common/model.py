@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -144,7 +143,6 @@ def load_base(folder: Path, task: Task, placement: Placement, pooling: str = "au
     Raises:
         ModelError: the folder cannot be loaded for this task.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not any(True for pattern in VOCABULARIES for _ in folder.glob(pattern)):  # transformers would make an empty one
         raise ModelError(f"model {folder}: has no tokenizer (tokenizer.json or a vocabulary file); add its files")
     quiet = _quietly()

@@ -170,13 +170,14 @@ def _token_counter(model: str) -> CountTokens:
 
     from common.errors import ModelError
     from common.model import locate
+    from common.tasks.token_ids import token_ids
 
     folder = locate(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever is wrong with the files: the library raises almost anything
         raise ModelError(f"--model {model}: its tokenizer cannot be loaded ({type(error).__name__})") from None
-    return lambda texts: [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]] if texts else []
+    return lambda texts: [len(ids) for ids in token_ids(texts, tokenizer)]
 
 
 def _save(found: Look, out: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from common.errors import ModelError
 from common.sections import TaskSection
 from common.tasks.base import Encoded, Fault, LogitsOf, Scores, register
+from common.tasks.token_ids import token_ids
 
 IGNORED = -100
 """Target of a token that is not learnt (prompt and padding)."""
@@ -43,23 +44,22 @@ class CausalLM:
         network.train(False)
         return network
 
-    def prompt_ids(self, prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """Token ids of the templated prompt, ready for the completion to follow.
+    def prompt_ids(self, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Token ids of each templated prompt, ready for the completion to follow.
 
         Raises:
             ModelError: ``prompt_template = "chat"`` and the tokenizer has no chat template.
         """
-        if self.settings.prompt_template == "chat":
-            if not getattr(tokenizer, "chat_template", None):
-                raise ModelError(
-                    "task.prompt_template = 'chat': this tokenizer has no chat template; "
-                    "give a prompt_template that contains {prompt}"
-                )
-            messages = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        text = self.settings.prompt_template.replace("{prompt}", prompt)
-        return list(tokenizer(text)["input_ids"])
+        if self.settings.prompt_template != "chat":
+            return token_ids([self.settings.prompt_template.replace("{prompt}", one) for one in prompts], tokenizer)
+        if not getattr(tokenizer, "chat_template", None):
+            raise ModelError(
+                "task.prompt_template = 'chat': this tokenizer has no chat template; "
+                "give a prompt_template that contains {prompt}"
+            )
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = [str(tokenizer.apply_chat_template(one, add_generation_prompt=True, tokenize=False)) for one in chats]
+        return token_ids(texts, tokenizer, special_tokens=False)
 
     def encode(
         self, rows: Mapping[str, Sequence[Any]], tokenizer: PreTrainedTokenizerBase
@@ -69,30 +69,27 @@ class CausalLM:
         A prompt that would leave less than a quarter of the length to the completion loses its middle, so that
         something is always learnt.
         """
-        encoded: list[Encoded | None] = []
-        faults: list[Fault] = []
-        for index, (prompt, completion) in enumerate(zip(rows["prompt"], rows["completion"], strict=True)):
-            bad = [
-                Fault(index, field, "is empty")
-                for field, value in (("prompt", prompt), ("completion", completion))
-                if not isinstance(value, str) or not value.strip()
-            ]
-            if bad:
-                faults += bad
-                encoded.append(None)
-            else:
-                encoded.append(self._encode_one(prompt, completion, tokenizer))
+        faults = [
+            Fault(index, field, "is empty")
+            for index, pair in enumerate(zip(rows["prompt"], rows["completion"], strict=True))
+            for field, value in zip(self.fields, pair, strict=True)
+            if not isinstance(value, str) or not value.strip()
+        ]
+        broken = {fault.row for fault in faults}
+        sound = [index for index in range(len(rows["prompt"])) if index not in broken]
+        prompts = self.prompt_ids([rows["prompt"][index] for index in sound], tokenizer)
+        completions = token_ids([rows["completion"][index] for index in sound], tokenizer, special_tokens=False)
+        ends = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        encoded: list[Encoded | None] = [None] * len(rows["prompt"])
+        for index, given, learnt in zip(sound, prompts, completions, strict=True):
+            encoded[index] = self._joined(given, learnt + ends)
         return encoded, faults
 
-    def _encode_one(self, prompt: str, completion: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    def _joined(self, given: list[int], learnt: list[int]) -> Encoded:
         longest = self.settings.max_length
-        given = self.prompt_ids(prompt, tokenizer)
         room = longest - longest // 4
         if len(given) > room:
             given = given[: room // 2] + given[len(given) - (room - room // 2) :]
-        learnt = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-        if tokenizer.eos_token_id is not None:
-            learnt.append(tokenizer.eos_token_id)
         ids = np.asarray((given + learnt)[:longest], np.int32)
         target = ids.astype(np.int64)
         target[: len(given)] = IGNORED
@@ -170,7 +167,7 @@ class CausalLM:
 
     def _answer(self, prompt: str, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> str:
         """Greedy completion of one prompt."""
-        ids = self.prompt_ids(prompt, tokenizer)[-(self.settings.max_length // 2) :]
+        ids = self.prompt_ids([prompt], tokenizer)[0][-(self.settings.max_length // 2) :]
         given = torch.tensor([ids], device=network.device)
         with torch.no_grad():
             answer = network.generate(  # type: ignore[operator]

@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from common.sections import TaskSection
 from common.tasks.base import Encoded, Fault, LogitsOf, Scores, register
+from common.tasks.token_ids import token_ids
 
 
 @register
@@ -72,7 +73,7 @@ class SequenceClassification:
             if label is None
         ]
         broken = {fault.row for fault in faults}
-        ids = tokenizer(texts, truncation=True, max_length=self.settings.max_length)["input_ids"] if texts else []
+        ids = token_ids(texts, tokenizer, self.settings.max_length)
         encoded = [
             None if index in broken else Encoded(np.asarray(ids[index], np.int32), np.asarray(labels[index], np.int64))
             for index in range(len(texts))

@@ -161,10 +161,10 @@ def tasks_that_raise(monkeypatch: pytest.MonkeyPatch) -> None:
             raise OverflowError(f"cannot convert {value}")
         return label_id(self, value)
 
-    def touchy_prompt(self: CausalLM, prompt: str, tokenizer: Any) -> list[int]:
-        if prompt == FORBIDDEN:
-            raise TypeError(f"cannot tokenise {prompt}")
-        return prompt_ids(self, prompt, tokenizer)
+    def touchy_prompt(self: CausalLM, prompts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+        if FORBIDDEN in prompts:
+            raise TypeError(f"cannot tokenise {FORBIDDEN}")
+        return prompt_ids(self, prompts, tokenizer)
 
     monkeypatch.setattr(SequenceClassification, "label_id", touchy_label)
     monkeypatch.setattr(CausalLM, "prompt_ids", touchy_prompt)
