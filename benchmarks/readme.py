@@ -161,9 +161,10 @@ def _simulation(rows: list[dict[str, Any]]) -> str:
         elif stage == "cores":
             lines.append(f"- two workers on two cores ({cell}): {row['faster']['median']:.2f} × as fast as one")
         elif stage == "start":
+            seconds = {cache: row[cache]["seconds_to_first_message"] for cache in ("empty_cache", "filled_cache")}
             first = " and ".join(
-                f"{row[cache]['seconds_to_first_message']:.1f} s ({cache.replace('_', ' ')})"
-                for cache in ("empty_cache", "filled_cache")
+                f"{one['median']:.1f} s ({cache.replace('_', ' ')}, {one['min']:.1f} to {one['max']:.1f})"
+                for cache, one in seconds.items()
             )
             lines.append(f"- from the loaded model to the first round, base evaluation aside: {first}")
         elif stage == "sites":

@@ -12,7 +12,7 @@ results/simulation.jsonl as they come; what is there is not measured again.
 ``prefix``     adapters in the top two layers and the frozen-prefix cache, over the bare loop with all six adapted
 ``cores``      seconds of a round with two workers, over those with one; nine sites, and eighteen of equal size
 ``start``      seconds from the loaded model to the first training message, with an empty cache and a filled one
-``sites``      10, 1,000 and 10,000 sites, at most 100 in a round: seconds to the first round, memory, sites made
+``sites``      1,000 and 10,000 sites, at most 100 in a round: seconds to the first round, memory, sites made
 =============  ======================================================================================================
 
 The bare loop is the same arithmetic with no federation around it: ``bare_loop.py``.
@@ -45,8 +45,9 @@ ROWS = RESULTS / "simulation.jsonl"
 STAGES = ("overhead", "little", "prefix", "cores", "start", "sites")
 WORK, LITTLE = (8, 16), (1, 2)
 """(steps, batch) of a site in a round."""
-CROWDS = (10, 1000, 10_000)
+CROWDS = (1000, 10_000)
 COHORT = 100
+STARTS = 5
 
 
 def configured(data: str, work: tuple[int, int], rounds: int, *settings: str, layers: int | None = None) -> RunConfig:
@@ -118,12 +119,15 @@ def _cores(arguments: argparse.Namespace, sites: Sequence[str]) -> Row:
 
 
 def start(arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """A process of its own for each."""
+    """A process of its own for each start, and a cache of its own for each pair."""
 
     def run() -> Row:
-        with tempfile.TemporaryDirectory() as cache:
-            both = [_child(arguments.data, "start", cache) for _ in range(2)]
-        return {"empty_cache": both[0], "filled_cache": both[1]}
+        found: dict[str, list[Row]] = {"empty_cache": [], "filled_cache": []}
+        for _ in range(STARTS):
+            with tempfile.TemporaryDirectory() as cache:
+                for rows in found.values():
+                    rows.append(_child(arguments.data, "start", cache))
+        return {name: {what: spread([row[what] for row in rows]) for what in rows[0]} for name, rows in found.items()}
 
     yield "medquad_qtype", run
 
