@@ -28,7 +28,7 @@ from common.privacy.accounting import PhaseLoad, Segment, calibrate, epsilon, fi
 DELTA = 1e-5
 PLANS, ROUNDS = 5, 100
 LOADS = {
-    "the default recipe: 40 rounds at q=1, then 40 at q=0.1": [PhaseLoad(1.0, 40, 0.4), PhaseLoad(0.1, 40, 0.6)],
+    "40 rounds at q=1, then 40 at q=0.1": [PhaseLoad(1.0, 40, 0.4), PhaseLoad(0.1, 40, 0.6)],
     "one phase: 1000 steps at q=0.01": [PhaseLoad(0.01, 1000, 1.0)],
     "one phase: 40 steps at q=1": [PhaseLoad(1.0, 40, 1.0)],
     "three phases: q=1, 0.1, 0.02": [PhaseLoad(1.0, 40, 4), PhaseLoad(0.1, 20, 6), PhaseLoad(0.02, 400, 2)],

@@ -140,8 +140,9 @@ class DeviceSection(Section):
     """``auto`` (cuda where there is one, else cpu), ``cpu``, ``cuda`` or ``cuda:N``."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """``auto``: bfloat16 autocast on a GPU that has it, else float32."""
-    physical_batch: Count = 8
-    """Rows of one forward and backward pass."""
+    physical_batch: Count | None = None
+    """Rows of one forward and backward pass. Empty: 8, or 4 on a CPU with texts of more than 64 tokens. On a GPU more
+    are faster, as far as its memory allows."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     threads: Count | None = None

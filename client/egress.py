@@ -35,9 +35,9 @@ from common.messages import (
     parted,
 )
 
-LARGEST = 1e30
-"""Values beyond it are clamped, so that no reply can carry an extreme exponent."""
-
+LARGEST = number_formats.LARGEST
+"""Values beyond it are clamped, so that no reply can carry an extreme exponent, and every number format can say them:
+whether a release comes must not depend on its numbers."""
 
 NO_METRICS: Mapping[str, float] = MappingProxyType({})
 

@@ -50,7 +50,7 @@ class Policy:
             and plan.rank_at(self.section.max_rank) <= self.section.max_rank
             and plan.privacy.unit == self.population_of(plan).unit
             and set(plan.privacy.metrics) <= set(self.section.metrics)
-            and _clips_soundly(plan)
+            and _bounds_each_unit(plan)
             and self._allows_privacy(plan)
         )
         if not allowed:
@@ -100,7 +100,11 @@ def policy_for(
     return Policy(section, {WHOLE_SITE: population}, {plan.data: WHOLE_SITE})
 
 
-def _clips_soundly(plan: Plan) -> bool:
+def _bounds_each_unit(plan: Plan) -> bool:
+    """Whether one unit moves a step's sum by the clip norm at most. A further unit would take the dropout masks of the
+    next one, and so change what all units after it contribute."""
+    if plan.privacy.mechanism != "none" and plan.lora.dropout:
+        return False
     return all(LEAST_CLIP_NORM <= phase.clip_norm <= LARGEST_CLIP_NORM for phase in plan.phases)
 
 

@@ -48,7 +48,8 @@ class Resources:
     """The resident base model with the plan's adapter attached."""
     examples: Callable[[Plan, AdaptedModel], Examples]
     """The plan's data, encoded once."""
-    physical_batch: int
+    physical_batch: int | None = None
+    """Rows of one forward and backward pass; ``None``: what the model's device asks for."""
     fingerprint: Callable[[Plan], str] = lambda plan: ""
     """Changes when the plan's data change. Never leaves the site."""
     probed: Probed = field(default_factory=Probed)
@@ -280,7 +281,7 @@ class Site:
             self.ledger.close_plan(request.plan_digest, "its data were changed")
             self.audit.append("plan closed", run=request.run_id, plan=request.plan_digest, why="its data were changed")
             return RefusalReason.CLOSED
-        rows = self._rows(plan)
+        rows = self._rows(plan, model)
         if plan.privacy.mechanism != "none" and (fault := self.resources.probed.fault(model, names, rows)):
             log.warning("the plan cannot be trained privately here: %s", fault)
             return RefusalReason.MODEL
@@ -356,11 +357,10 @@ class Site:
             going_on = {entry.digest for entry in self.ledger.plans(Decision.APPROVED)}
             self._held = {digest: one for digest, one in self._held.items() if digest in going_on}
 
-    def _rows(self, plan: Plan) -> int:
+    def _rows(self, plan: Plan, model: AdaptedModel) -> int:
         """Rows of a physical batch: so many that no unit of several examples is cut in two."""
-        if plan.privacy.unit == EXAMPLE:
-            return self.resources.physical_batch
-        return max(self.resources.physical_batch, plan.privacy.max_examples_per_unit)
+        rows = self.resources.physical_batch or model.base.placement.physical_batch(model.task.settings.max_length)
+        return rows if plan.privacy.unit == EXAMPLE else max(rows, plan.privacy.max_examples_per_unit)
 
     def _examples(self, plan: Plan, model: AdaptedModel) -> Examples:
         """The plan's data; none at all where they cannot be read, since a missing release would tell of that."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -37,7 +37,6 @@ def train_round(
     secret: RoundSecret,
     rows: int,
     most: int = 1,
-    step_done: Callable[[], None] = lambda: None,
 ) -> AdapterState:
     """Runs the phase's local steps and returns θ_local − θ_received of exactly ``names``, fp32.
 
@@ -48,7 +47,6 @@ def train_round(
     Args:
         rows: rows of one physical batch; with units of several examples at least ``most``.
         most: examples that one privacy unit contributes to a step, at most.
-        step_done: called after each step (progress at the site).
     """
     names = tuple(names)
     model.load(received)
@@ -64,7 +62,6 @@ def train_round(
                     for batch in examples.batches(chosen, rows, model, cut):
                         _accumulate(model, mechanism, examples, batch, rows, cut)
                     mechanism.step(step)
-                    step_done()
     return update_of(model.state(names), received)
 
 

@@ -54,6 +54,11 @@ class RunConfig(Section):
                 f"task.name = '{self.task.name}': has no default recipe{did_you_mean(self.task.name, RECIPES)}; "
                 "correct the name, or write at least one [[phase]]"
             )
+        if self.lora.dropout and self.privacy.mechanism != "none":
+            raise ValueError(
+                f"lora.dropout = {self.lora.dropout:g}: under differential privacy one unit more would change the "
+                "masks of all others; leave it out"
+            )
         names = [phase.name for phase in self.phases]
         if len(set(names)) != len(names):
             raise ValueError("phase: two phases have the same name")

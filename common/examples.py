@@ -76,7 +76,7 @@ class Examples:
         units: [n] number of each example's privacy unit (:func:`common.data.units.units_of`); ``None``: each example is
             a unit of its own.
         cache_limit: bytes of frozen hidden states that are kept.
-        cache_folder: where on the site's own disk they are kept (:mod:`common.prefixes`); ``None``: in memory.
+        cache_folder: where on disk they are kept (:mod:`common.prefix_files`); ``None``: in memory.
     """
 
     def __init__(

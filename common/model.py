@@ -69,6 +69,14 @@ class Placement:
         kind = torch.bfloat16 if dtype == "bfloat16" or (dtype == "auto" and native) else torch.float32
         return cls(chosen, kind, gradient_checkpointing)
 
+    def physical_batch(self, longest: int) -> int:
+        """Rows of one forward and backward pass where settings do not say (DECISIONS.md, 77).
+
+        Args:
+            longest: tokens that an example may have.
+        """
+        return 4 if self.device.type == "cpu" and longest > 64 else 8
+
 
 @dataclass(frozen=True)
 class BaseModel:

@@ -56,9 +56,9 @@ def default_phases(task: TaskSection, privacy: PrivacySection) -> tuple[PhaseSec
     """The default recipe of a task; none for a task that has none.
 
     The head on frozen pooled features first, one full-batch step a round, from the label names; then FFA-LoRA, or
-    without privacy LoRA by FedAdam. A clipped gradient is shorter than a free one, and mapped features are shorter than
-    others, so each wants learning rates of its own. Chosen on validation data of medquad_qtype (benchmarks/utility.py);
-    that choice is not charged to any ε.
+    without privacy, where features are mapped, LoRA by FedAdam. A clipped gradient is shorter than a free one, and
+    mapped features are shorter than others, so each wants learning rates of its own. Chosen on validation data of
+    medquad_qtype (benchmarks/utility.py); that choice is not charged to any ε.
     """
     if task.name == "causal-lm":
         return (_LANGUAGE,)

@@ -144,7 +144,8 @@ class LoraSection(Section):
     alpha: Positive = 16.0
     """Scale numerator: an adapter adds ``alpha / r · B A`` (``alpha / sqrt(r) · B A`` with ``use_rslora``)."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout on the adapter's input; its randomness belongs to the site."""
+    """Dropout on the adapter's input; without privacy only. The masks of a step come from one stream, so that one unit
+    more would change those of all others."""
     target_modules: tuple[str, ...] = ()
     """Names of the linear modules that get an adapter. Empty: attention query and value of the model's family."""
     layers: Count | None = None
@@ -353,8 +354,9 @@ class SimulationSection(Section):
     ranks: tuple[Count, ...] = ()
     """Largest LoRA rank that each site allows, dealt out in the order of the sites' names, again and again. Empty: the
     plan's. A rank below ``lora.r`` needs an algorithm that lets sites choose theirs (``flexlora``)."""
-    physical_batch: Count = 8
-    """Rows of one forward and backward pass."""
+    physical_batch: Count | None = None
+    """Rows of one forward and backward pass. Empty: 8, or 4 on a CPU with texts of more than 64 tokens. On a GPU more
+    are faster, as far as its memory allows."""
     sites_per_pass: Count = 1
     """Sites that train in lock-step, so that rows of several of them fill each forward pass of the base model, each row
     with its own site's adapter. Every site gets the update that it would get alone, but for rounding; so the last bits

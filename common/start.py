@@ -18,7 +18,7 @@ def initial_state(
 ) -> AdapterState:
     """B = 0, A from the public seed, the head from the label names or zero.
 
-    A has orthonormal rows (``ffa``), or LoRA's usual uniform entries (Hu et al. 2021, arXiv 2106.09685).
+    A has orthonormal rows, or LoRA's usual uniform entries (Hu et al. 2021, arXiv 2106.09685).
 
     Args:
         model: takes the feature map over, which the head starts from.

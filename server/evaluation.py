@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isnan, sqrt
 from typing import Any
@@ -97,16 +97,9 @@ class Evaluator:
             )
         self.higher_is_better = self.metric not in LOWER_IS_BETTER
 
-    def evaluate(
-        self, adapter: Tensors, split: str, advance: Callable[[int], None] = lambda examples: None
-    ) -> dict[str, float]:
-        """The metrics of one split, those of answers in free text among them.
-
-        Args:
-            advance: as for ``scores``.
-        """
-        scores = self.scores(adapter, split, advance)
-        return self.metrics_of(scores, **self.generated(adapter, split))
+    def evaluate(self, adapter: Tensors, split: str) -> dict[str, float]:
+        """The metrics of one split, those of answers in free text among them."""
+        return self.metrics_of(self.scores(adapter, split), **self.generated(adapter, split))
 
     def measured(self, adapter: Tensors, split: str) -> dict[str, Any]:
         """Entries of a round's record, from one forward pass: ``metrics`` as above and, where the rows name sites,
@@ -116,12 +109,8 @@ class Evaluator:
         metrics = self.metrics_of(scores, **self.generated(adapter, split))
         return {"metrics": metrics, **({"by_site": by_site} if by_site else {})}
 
-    def scores(self, adapter: Tensors, split: str, advance: Callable[[int], None] = lambda examples: None) -> Scores:
-        """What all of an adapter's figures are computed from, row by row in the order of the split: one forward pass.
-
-        Args:
-            advance: called with the number of examples just scored.
-        """
+    def scores(self, adapter: Tensors, split: str) -> Scores:
+        """What all of an adapter's figures are computed from, by row in the order of the split: one forward pass."""
         data = self.splits[split]
         self.model.load(adapter)
         cut = self.model.cut_for(
@@ -134,7 +123,6 @@ class Evaluator:
                 logits = self.model.top(batch.inputs, batch.mask, cut)[: len(batch.indices)]
                 parts.append(self.model.task.score(logits, batch.targets[: len(batch.indices)]))
                 order.append(batch.indices)
-                advance(len(batch.indices))
         row = np.argsort(np.concatenate(order))
         return {key: np.concatenate([part[key] for part in parts])[row] for key in parts[0]}
 

@@ -26,11 +26,12 @@ class Workers:
 
     Args:
         model: the resident one.
-        executor: of the workers; ``None``: there are none, and everything is done where it is asked for.
     """
 
-    def __init__(self, model: AdaptedModel, executor: Executor | None = None) -> None:
-        self.executor = executor
+    executor: Executor | None = None
+    """Of the workers; ``None``: there are none, and everything is done where it is asked for."""
+
+    def __init__(self, model: AdaptedModel) -> None:
         self._resident, self._local = model, threading.local()
 
     @property

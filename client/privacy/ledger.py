@@ -44,7 +44,6 @@ class Ledger:
     Args:
         folder: holds ``ledger.sqlite`` and ``secrets/``.
         durable: ``False`` in simulations, whose ledgers are fresh: written, but not forced to the disk.
-        keep_open: ``False`` closes the file between uses, for simulations of very many sites.
         counter: a small file in another folder, which is never restored together with this one: it holds the ledger's
             sequence number, and so tells an older copy. ``None`` in simulations.
         accept_copy: takes the file for its newest copy, whatever the counter says. Only a person can know that, and
@@ -58,7 +57,6 @@ class Ledger:
         self,
         folder: Path,
         durable: bool = True,
-        keep_open: bool = True,
         counter: Path | None = None,
         accept_copy: bool = False,
     ) -> None:
@@ -68,9 +66,7 @@ class Ledger:
                 "give site.counter a path elsewhere"
             )
         self.folder, self.path = folder, folder / "ledger.sqlite"
-        self._file = LedgerFile(
-            self.path, durable, keep_open, None if counter is None else Counter(counter, durable), accept_copy
-        )
+        self._file = LedgerFile(self.path, durable, None if counter is None else Counter(counter, durable), accept_copy)
         self._clock = LedgerClock()
         self._secrets = SecretFiles(folder / "secrets", durable)
         with self._file.writing() as db:

@@ -43,7 +43,6 @@ class LedgerFile:
 
     Args:
         durable: each transaction is on disk before it ends.
-        keep_open: ``False`` closes the file between uses.
         counter: where transactions are counted; ``None``: older copies are not told.
         accept_copy: takes the file for its newest copy, whatever the counter says.
 
@@ -51,10 +50,8 @@ class LedgerFile:
         LedgerError: the file is damaged, an older copy, or of a newer version, or cannot be used.
     """
 
-    def __init__(
-        self, path: Path, durable: bool, keep_open: bool, counter: Counter | None, accept_copy: bool = False
-    ) -> None:
-        self.path, self.durable, self.keep_open, self.counter = path, durable, keep_open, counter
+    def __init__(self, path: Path, durable: bool, counter: Counter | None, accept_copy: bool = False) -> None:
+        self.path, self.durable, self.counter = path, durable, counter
         self._lock = threading.RLock()
         self._open: sqlite3.Connection | None = None
         existed = self._create()
@@ -68,7 +65,7 @@ class LedgerFile:
             raise
 
     def close(self) -> None:
-        """Closes the file."""
+        """Closes the file; it opens again when it is used."""
         with self._lock:
             if self._open is not None:
                 self._open.close()
@@ -78,16 +75,12 @@ class LedgerFile:
     def reading(self) -> Iterator[sqlite3.Connection]:
         """The open file, for one thread at a time."""
         with self._lock:
-            outermost = self._open is None
             try:
                 if self._open is None:
                     self._open = self._connect()
                 yield self._open
             except sqlite3.DatabaseError as error:
                 raise self._fault(error) from None
-            finally:
-                if outermost and not self.keep_open:
-                    self.close()
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:

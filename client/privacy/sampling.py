@@ -40,7 +40,8 @@ class RoundSecret:
         return hmac.digest(self.value, f"{label}\0{step}".encode(), "sha256")
 
     def torch_seed(self, label: str, step: int) -> int:
-        """A seed for torch's own generators, for randomness that need not be secret (dropout)."""
+        """A seed for torch's own generators, of which a CPU's keeps 32 bits: for what no ε rests on (dropout, which
+        needs a plan without privacy)."""
         return int.from_bytes(self.derive(label, step)[:8], "little", signed=False) >> 1
 
     def uniform(self, label: str, step: int, n: int) -> npt.NDArray[np.float64]:

@@ -167,24 +167,6 @@ class Deployment:
             ],
         )
 
-    def stop_supernode(self, name: str) -> None:
-        """End a site's SuperNode in order: it takes its leave, and a successor is let in at once."""
-        process = self._processes[name]
-        process.terminate()
-        process.wait(timeout=START_TIMEOUT)
-        self._kill(name)
-
-    def kill_superlink(self) -> None:
-        """End the SuperLink, its SuperExec and any running ServerApp without warning."""
-        self._kill("superlink")
-
-    def kill_supernode(self, name: str) -> None:
-        """End a site's SuperNode, its SuperExec and any running ClientApp without warning.
-
-        The SuperLink notices after up to a minute, and until then answers nothing for messages to that node.
-        """
-        self._kill(name)
-
     def kill_server_app(self) -> int:
         """End every running ServerApp process without warning, and only those; return how many there were."""
         return _end([process for process in self._family("superlink") if _is_program(process, "flwr-serverapp")])

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import tomli_w
 import torch
-from agents import BASE_MODEL_LOADED, ENVIRONMENT, INTERRUPTIBLE, Federation, SiteAgent, agent_tables
+from agents import ENVIRONMENT, INTERRUPTIBLE, Federation, SiteAgent, agent_tables
 from credentials import write_certificates
 from flwr.app import Message
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
@@ -59,7 +59,7 @@ def _tables(federation: Federation, **sections: Any) -> dict[str, Any]:
         "run": {"name": "triage"},
         "model": {"name": str(federation.model)},
         "task": {"labels": LABELS, "max_length": 32},
-        "lora": {"layers": 2, "r": 4, "dropout": 0.1},
+        "lora": {"layers": 2, "r": 4},
         "server": {
             "superlink": superlink.address,
             "root_certificates": str(superlink.root_certificates),
@@ -442,4 +442,4 @@ _ROWS = [{"text": "mild cough", "label": "routine", "hospital": "north"}]
 def test_each_agent_loaded_its_base_model_once_for_all_runs(finished: Finished, federation: Federation) -> None:
     for agent in federation.agents.values():
         assert finished.summary()["run_id"] in agent.charges()
-        assert agent.log().count(BASE_MODEL_LOADED) == 1
+        assert agent.base_model_loads() == 1

@@ -72,7 +72,6 @@ def settings(tmp_path: Path, tiny_bert: Path, triage_data: Path) -> list[str]:
         "data.path": str(triage_data),
         "data.site_column": "hospital",
         "lora.layers": 2,
-        "lora.dropout": 0.1,
     }
     phases = "\n".join(
         "[[phase]]\n" + "\n".join(f"{key} = {json.dumps(value)}" for key, value in phase.items())

@@ -19,6 +19,8 @@ from small_sites import (
     language_model,
     names_of,
     phase,
+    plan_for,
+    policy_for,
     random_state,
     void_gradients,
 )
@@ -31,7 +33,7 @@ from client.trainer import train_round
 from common.adapted import AdaptedModel
 from common.errors import CoverageError
 from common.examples import Examples
-from common.messages import PhaseStatement
+from common.messages import PhaseStatement, RefusalReason
 from common.sections import LoraSection
 from common.tasks.base import Encoded
 
@@ -92,6 +94,15 @@ def test_removing_any_one_example_moves_the_clipped_sum_by_at_most_the_clip_norm
     assert max(moved) <= clip_norm * (1 + 1e-5)
     assert np.median(moved) > 0.99 * clip_norm, "most are clipped, so each of them moves it by nearly that much"
     assert moved[4] <= 1e-5
+
+
+def test_with_dropout_one_example_would_move_what_the_others_contribute(tiny_bert: Path) -> None:
+    """Which is why a policy refuses it: masks are drawn for all rows in turn."""
+    model = classifier(tiny_bert, LoraSection(r=4, alpha=8.0, layers=2, dropout=0.5))
+    items, received, names = encoded(model, 33), random_state(model), names_of(model, ("B",))
+    moved = flat(clipped_sum(model, items, received, names)) - flat(clipped_sum(model, items[1:], received, names))
+    assert np.linalg.norm(moved) > 1.5 * SUMMED.clip_norm
+    assert policy_for(model).refusal(plan_for(model)) is RefusalReason.POLICY
 
 
 @KINDS

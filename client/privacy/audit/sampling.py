@@ -33,20 +33,18 @@ from common.sections import EXAMPLE, PhaseSection
 PART = "sampling"
 STILL = 2.0**-24
 """η/(q·public_size) of canary runs: the head moves so little that every step finds the gradients of the first."""
-BEST_ROUNDS = 16
-"""Rounds of a phase that are looked at, at least; repeated with other keys if the plan has fewer."""
 
 Counts = npt.NDArray[np.int64]
 
 
-def canary_subject(config: RunConfig, model: AdaptedModel, public_size: int, run_id: str = "canaries") -> Subject:
+def canary_subject(config: RunConfig, model: AdaptedModel, public_size: int) -> Subject:
     """The plan as it is, but that each phase trains the head of the canary model, slowly."""
     phases = [audited_phase(phase, train=("head",), layers=None) for phase in config.phases]
     plain = subject_of(config, model, public_size, phases)
     still = [
         audited_phase(phase, learning_rate=STILL * plain.rate(phase) * public_size, layers=None) for phase in phases
     ]
-    return subject_of(config, model, public_size, still, run_id)
+    return subject_of(config, model, public_size, still, "canaries")
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def failing(item: Encoded) -> Encoded:
 
 
 def canary(index: int) -> Encoded:
-    """The canary whose gradient is :func:`direction` ``index``."""
+    """The canary whose gradient has the direction of that number (:func:`coordinates`)."""
     return Encoded(np.array([index], np.int32), np.asarray(0, np.int64))
 
 

@@ -339,8 +339,9 @@ def test_an_older_copy_put_in_place_under_a_running_ledger_is_told(place: Place)
     with closing(place.open()) as ledger:
         approved(ledger)
     restore = place.backup()
-    running = place.open(keep_open=False)
+    running = place.open()
     fund(running)
+    running.close()
     restore()
     with pytest.raises(LedgerError, match="older copy"):
         running.reserve("plan", 1, "request", "head", 1, RoundSecret.from_system)

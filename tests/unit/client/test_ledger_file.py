@@ -56,9 +56,11 @@ def test_secret_and_folder_are_forced_to_disk_before_the_charge(
     assert forced == [(file.st_ino, [(0,)]), (folder.st_ino, [(0,)])]
 
 
-def test_a_ledger_that_is_closed_between_uses_does_the_same(tmp_path: Path) -> None:
-    ledger = approved(open_ledger(tmp_path, keep_open=False))
+def test_a_closed_ledger_holds_no_file_and_opens_again_when_it_is_used(tmp_path: Path) -> None:
+    ledger = approved(open_ledger(tmp_path))
+    ledger.close()
     ledger.record(fund(ledger), b"release")
+    ledger.close()
     opened = [Path(file.path) for file in psutil.Process().open_files()]
     assert not [file for file in opened if file.is_relative_to(tmp_path.resolve())]
     assert ledger.release("plan", 1, "request") == StoredRelease(b"release", "")

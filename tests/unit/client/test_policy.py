@@ -31,6 +31,7 @@ def test_a_plan_within_all_bounds_is_allowed(model: AdaptedModel) -> None:
         {"model_digest": "other"},
         {"task": TaskSection(name="causal-lm")},
         {"lora": LoraSection(r=65)},
+        {"lora": LoraSection(dropout=0.1)},
         {"privacy": PrivacySection(epsilon=10.01)},
         {"privacy": PrivacySection(delta=1.1e-5)},
         {"privacy": PrivacySection(mechanism="none")},
@@ -55,6 +56,11 @@ def test_each_bound_is_kept(model: AdaptedModel, plan: dict[str, Any]) -> None:
 )
 def test_a_site_may_set_each_bound_otherwise(model: AdaptedModel, policy: dict[str, Any], plan: dict[str, Any]) -> None:
     assert refusal(model, policy, **plan) is None
+
+
+def test_without_privacy_a_plan_may_drop_out(model: AdaptedModel) -> None:
+    none = PrivacySection(mechanism="none", epsilon=None)
+    assert refusal(model, {"allow_no_privacy": True}, privacy=none, lora=LoraSection(dropout=0.1)) is None
 
 
 LOSS, ACCURACY = ("loss",), ("accuracy",)

@@ -137,6 +137,7 @@ def test_a_required_section_that_is_missing_is_named() -> None:
             {"lora": {"layers": 1}, "phase": [{**PHASE, "layers": 2}]},
             "phase 'head': layers = 2 exceeds lora.layers = 1",
         ),
+        ({"lora": {"dropout": 0.1}}, "lora.dropout = 0.1: under differential privacy one unit more would change"),
         (
             {"task": {"name": "sequence-clasification"}},
             "task.name = 'sequence-clasification': has no default recipe (did you mean 'sequence-classification'?)",

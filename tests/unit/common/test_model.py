@@ -223,6 +223,11 @@ def test_each_pooling_reads_the_tokens_it_says() -> None:
 # ---- placement ------------------------------------------------------------------------------------------------------
 
 
+def test_fewer_rows_at_a_time_where_texts_are_long_and_there_is_no_gpu() -> None:
+    assert [CPU.physical_batch(longest) for longest in (64, 65)] == [8, 4]
+    assert Placement(torch.device("cuda"), torch.bfloat16).physical_batch(512) == 8
+
+
 def test_the_device_is_cuda_where_there_is_one_else_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert Placement.choose() == Placement(torch.device("cpu"), torch.float32, False)

@@ -137,15 +137,6 @@ def test_the_frozen_part_of_each_split_runs_once_for_all_evaluations(
     assert calls == {0: 2, 3: 5}
 
 
-def test_progress_is_told_in_examples(
-    tiny_bert: Path, triage_data: Path, adapted_model: Load, random_adapter: Draw
-) -> None:
-    model = adapted_model(tiny_bert)
-    told: list[int] = []
-    evaluator(model, triage_data).evaluate(random_adapter(model), "test", told.append)
-    assert sum(told) == 30
-
-
 def test_a_metric_this_task_does_not_have_is_refused_before_anything_is_evaluated(
     tiny_bert: Path, tiny_llama: Path, adapted_model: Load
 ) -> None:

@@ -181,6 +181,7 @@ def test_dropout_is_refused_with_several_workers(tiny_bert: Path, triage_data: P
         triage_data,
         data={"sites": 3},
         lora={"dropout": 0.1},
+        privacy={"mechanism": "none"},
         server={"cohort": 1.0},
         simulation={"workers": 2},
     )
