@@ -7,8 +7,8 @@
 
 ``race``    every algorithm in the LoRA phase of the default recipe, with the same learning rates for each, at epsilon 3
             and one seed; judged on validation alone
-``table``   the default recipe, or the algorithms named, each with the rate that won its race, at epsilon 8, 3, 1
-            and without privacy; three seeds
+``table``   the default recipe, or the algorithms named, each with the rate that won its race, or ``head``, which is
+            the recipe's head alone, at epsilon 8, 3, 1 and without privacy; three seeds
 ``wire``    the default algorithm with bf16 and int8 both ways, at epsilon 8, one seed
 ``beside``  the same recipe with all rows in one place (``centralised``), and every site alone (the best on validation
             is shown); one seed
@@ -53,6 +53,8 @@ RATES = (0.5, 4.0, 16.0)
 """Learning rates of the LoRA phase in the race."""
 DEFAULT = "default"
 """In the place of an algorithm: the default recipe as it is, ``ffa`` under DP, else ``fedit`` with FedAdam."""
+HEAD_ALONE = "head"
+"""In the place of an algorithm: the default recipe's head on the default recipe's features, with the whole budget."""
 WITHOUT_MOMENTUM = ("flexlora", "fedex")
 """They take the mean of the sites' products as it is; their LoRA phase runs without the recipe's server momentum."""
 METRICS = ("accuracy", "macro_f1")
@@ -74,6 +76,8 @@ def configured(
     config = validate(RunConfig, tables, "benchmark")
     if algorithm in ("", DEFAULT):
         return config
+    if algorithm == HEAD_ALONE:
+        return _head_alone(config)
     change: dict[str, Any] = {"algorithm": algorithm} | ({"learning_rate": rate} if rate else {})
     if algorithm in WITHOUT_MOMENTUM:
         change["server_momentum"] = 0.0
@@ -211,7 +215,6 @@ def refined(federations: Federations, cells: Cells, arguments: argparse.Namespac
 
 
 def _head_alone(config: RunConfig, **change: Any) -> RunConfig:
-    """The default recipe's head on the default recipe's features."""
     task = config.task.model_copy(update={"feature_map": "held-out-texts"})
     return config.model_copy(update={"task": task, "phase": (config.phases[0].model_copy(update=change),)})
 
@@ -236,7 +239,7 @@ def written(cells: Cells) -> Iterator[str]:
     yield "|---|" + "---|" * len(names)
     for algorithm in dict.fromkeys(cell["algorithm"] for cell in cells.of(stage="table")):
         of = [cells.of(stage="table", algorithm=algorithm, epsilon=epsilon) for epsilon in EPSILONS]
-        name = "the default recipe" if algorithm == DEFAULT else algorithm
+        name = {DEFAULT: "the default recipe", HEAD_ALONE: "its head alone"}.get(algorithm, algorithm)
         yield f"| federated, {name} | {' | '.join(map(_mean, of))} |"
     of = [cells.of(stage="centralised", epsilon=epsilon) for epsilon in EPSILONS]
     if any(of):
