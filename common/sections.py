@@ -333,8 +333,8 @@ class EvaluationSection(Section):
     selection: Literal["auto", "best", "one-standard-error"] = "auto"
     """Which round's adapter is kept. ``best``: the one with the best metric. ``one-standard-error``: the latest whose
     accuracy is at most one standard error below the best (Breiman et al. 1984), so that a lucky draw of the noise does
-    not win against later rounds that have learnt more; only with ``metric = "accuracy"``. ``auto``: that one under DP
-    where the metric allows it, else ``best``."""
+    not win against later rounds that have learnt more, and better than what its phase began with; only with
+    ``metric = "accuracy"``. ``auto``: that one under DP where the metric allows it, else ``best``."""
     patience: Count | None = None
     """Stop a phase's remaining rounds after so many rounds without a better metric. Rounds that are not evaluated count
     too, but only an evaluated one can be the last. Spent ε is not refunded."""

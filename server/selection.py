@@ -34,14 +34,20 @@ class Selection:
 
     def keeps(self, record: Record, earlier: Sequence[Record]) -> bool:
         """Whether a finished round's adapter takes the place of the one kept so far; never one's that was not
-        evaluated."""
+        evaluated, and within doubt never one's that is no better than what its phase began with."""
         best = self.best(earlier)
         value, top = self._metric(record), self._metric(best)
         if self.evaluator.better(value, top):
             return True
         doubt = self.evaluator.standard_error(best["metrics"]) if self.doubts else None
-        base = self._metric(earlier[0])
-        return doubt is not None and value >= top - doubt and self.evaluator.better(value, base)
+        if doubt is None or not value >= top - doubt:
+            return False
+        return self.evaluator.better(value, self._metric(self._start_of_phase(record, earlier)))
+
+    @staticmethod
+    def _start_of_phase(record: Record, earlier: Sequence[Record]) -> Record:
+        """The last evaluated record of another phase; round 0, the base, is a phase of its own."""
+        return next(one for one in reversed(earlier) if one["phase"] != record["phase"] and one["metrics"])
 
     def best(self, history: Sequence[Record]) -> Record:
         """The first record with the best metric."""

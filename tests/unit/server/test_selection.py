@@ -22,12 +22,16 @@ def evaluator(adapted_model: Load, tiny_bert: Path) -> Evaluator:
     return Evaluator(adapted_model(tiny_bert), {}, "accuracy")
 
 
-def kept(evaluator: Evaluator, accuracies: list[float], rule: str = "auto", private: bool = True) -> int:
-    """The round that is kept of a history of 400 examples."""
+def kept(
+    evaluator: Evaluator, accuracies: list[float], rule: str = "auto", private: bool = True, phases: str = ""
+) -> int:
+    """The round that is kept of a history of 400 examples; ``phases`` has a letter for each record."""
     selection = Selection(evaluator, rule, private)
     records: list[dict[str, Any]] = [
-        {"round": round, "metrics": {"accuracy": value, "loss": 1 - value, "examples": 400.0}}
-        for round, value in enumerate(accuracies)
+        {"round": round, "phase": phase, "metrics": {"accuracy": value, "loss": 1 - value, "examples": 400.0}}
+        for round, (value, phase) in enumerate(
+            zip(accuracies, phases or "0" + "h" * (len(accuracies) - 1), strict=True)
+        )
     ]
     found = 0
     for round, record in enumerate(records[1:], 1):
@@ -49,6 +53,11 @@ def test_the_distance_is_to_the_best_of_all_and_does_not_creep(evaluator: Evalua
 def test_no_round_that_is_not_better_than_the_base_takes_its_place(evaluator: Evaluator) -> None:
     assert kept(evaluator, [0.9, 0.895, 0.9]) == 0
     assert kept(evaluator, [0.89, 0.9, 0.889]) == 1
+
+
+def test_no_round_that_is_not_better_than_what_its_phase_began_with_takes_its_place(evaluator: Evaluator) -> None:
+    assert kept(evaluator, [0.1, 0.9, 0.895, 0.895, 0.89], phases="0hhll") == 2
+    assert kept(evaluator, [0.1, 0.9, 0.895, 0.896, 0.89], phases="0hhll") == 3
 
 
 @pytest.mark.parametrize(("rule", "private"), [("best", True), ("auto", False)])
@@ -78,17 +87,17 @@ def test_nothing_is_kept_of_a_round_without_a_metric(evaluator: Evaluator) -> No
 def test_a_round_that_was_not_evaluated_is_never_kept_and_never_the_best(evaluator: Evaluator, rule: str) -> None:
     selection = Selection(evaluator, rule, private=True)
     base, best, plain = (
-        {"round": round, "metrics": {"accuracy": value, "examples": 400.0}}
-        for round, value in ((0, 0.1), (2, 0.9), (4, 0.89))
+        {"round": round, "phase": phase, "metrics": {"accuracy": value, "examples": 400.0}}
+        for round, phase, value in ((0, "base", 0.1), (2, "head", 0.9), (4, "head", 0.89))
     )
     for history in ([base], [base, best]):
         for round in (1, 3):
-            assert not selection.keeps({"round": round, "metrics": {}}, history)
-    history = [base, {"round": 1, "metrics": {}}, best, {"round": 3, "metrics": {}}]
+            assert not selection.keeps({"round": round, "phase": "head", "metrics": {}}, history)
+    history = [base, {"round": 1, "phase": "head", "metrics": {}}, best, {"round": 3, "phase": "head", "metrics": {}}]
     assert selection.best(history) is best
     assert selection.keeps(plain, history) == (rule == "one-standard-error")
-    unknown = {"round": 0, "metrics": {"accuracy": nan, "examples": 400.0}}
-    assert not selection.keeps({"round": 1, "metrics": {}}, [unknown])
+    unknown = {"round": 0, "phase": "base", "metrics": {"accuracy": nan, "examples": 400.0}}
+    assert not selection.keeps({"round": 1, "phase": "head", "metrics": {}}, [unknown])
 
 
 def test_early_stopping_looks_at_the_best(evaluator: Evaluator) -> None:
