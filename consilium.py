@@ -1,13 +1,14 @@
 """The command line: assembles the sub-commands of the folders, and turns errors into one message and an exit code.
 
-Exit codes: 0 done, 1 an audit found a fault, 2 bad input, 3 the run failed (it can be resumed), 130 interrupted.
+Exit codes: 0 done, 1 an audit found a fault, 2 bad input, 3 the run failed (it can be resumed), 130 interrupted, 141
+nobody reads the output any more (``consilium … | head -1``).
 """
 
 from __future__ import annotations
 
+import io
 import os
 import sys
-from typing import NoReturn
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -30,6 +31,9 @@ from common.logs import LogFormat, set_up_logging
 
 INTERRUPTED = 130
 """Typer turns KeyboardInterrupt into this code."""
+UNREAD = 141
+"""What a shell reports of any program that writes to a pipe nobody reads: 128 + SIGPIPE. The signal itself would also
+end a program whose network connection breaks, so it stays ignored, as Python has it."""
 
 app = typer.Typer(
     name="consilium",
@@ -64,28 +68,54 @@ app.add_typer(common.privacy.cli.app, name="privacy")
 
 def main() -> None:
     """Entry point of ``consilium``."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Greek shows "?" for ε
+    try:
+        code = _run()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        code = _unread()
+    except SystemExit as ended:
+        # click and rich leave with code 1 where a pipe is closed, which here says that an audit found a fault.
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        code = _unread()
+    sys.exit(code)
+
+
+def _run() -> int | None:
+    """Runs the command that was asked for; tells of an error in one message."""
     try:
         # Outside its standalone mode, click hands over what it would otherwise swallow or print in its own way.
-        code = app(prog_name="consilium", standalone_mode=False)
+        code: int | None = app(prog_name="consilium", standalone_mode=False)
     except ConsiliumError as error:
-        _leave(f"error: {error}", error.exit_code)
+        return _told(f"error: {error}", error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
-        sys.exit(error.exit_code)  # the help is on the screen
+        return error.exit_code  # the help is on the screen
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "consilium"
-        _leave(f"error: {error.format_message()} See '{command} --help'.", error.exit_code)
+        return _told(f"error: {error.format_message()} See '{command} --help'.", error.exit_code)
     except click.ClickException as error:
-        _leave(f"error: {error.format_message()}", error.exit_code)
+        return _told(f"error: {error.format_message()}", error.exit_code)
     except (KeyboardInterrupt, click.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        _leave("interrupted; what was finished is kept, continue with --resume", INTERRUPTED)
-    sys.exit(code)
+        return _told("interrupted; what was finished is kept, continue with --resume", INTERRUPTED)
+    return code
 
 
-def _leave(message: str, code: int) -> NoReturn:
+def _told(message: str, code: int) -> int:
     print(message, file=sys.stderr)
-    sys.exit(code)
+    return code
+
+
+def _unread() -> int:
+    """Python writes what is left when it ends, and would complain: now it goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
+    return UNREAD
 
 
 if __name__ == "__main__":

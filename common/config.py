@@ -11,6 +11,7 @@ from pydantic import model_validator
 
 from common.algorithms import LOCAL_RULES
 from common.errors import did_you_mean
+from common.phase_changes import changed
 from common.recipes import RECIPES, default_phases
 from common.sections import (
     EXAMPLE,
@@ -46,6 +47,8 @@ class RunConfig(Section):
     evaluation: EvaluationSection = EvaluationSection()
     simulation: SimulationSection = SimulationSection()
     phase: tuple[PhaseSection, ...] = ()
+    phase_changes: tuple[str, ...] = ()
+    """Of the phases, the default recipe's too, e.g. ``phase.head.rounds=20``; ``--set`` puts them here."""
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -89,12 +92,13 @@ class RunConfig(Section):
 
     @property
     def phases(self) -> tuple[PhaseSection, ...]:
-        """The phases as written, or the task's default recipe where none is written."""
-        return self.phase or default_phases(self.task, self.privacy)
+        """The phases as written, or the task's default recipe where none is written, with their changes."""
+        return changed(self.phase or default_phases(self.task, self.privacy), self.phase_changes)
 
     def without_privacy(self) -> RunConfig:
-        """The same run without a mechanism; the default recipe gives way to that for gradients that are not clipped."""
+        """The same run without a mechanism; the default recipe, unless it was changed, gives way to that for gradients
+        that are not clipped."""
         privacy = self.privacy.model_copy(update={"mechanism": "none"})
         usual = self.phases == default_phases(self.task, self.privacy)
         recipe = default_phases(self.task, privacy) if usual else self.phases
-        return self.model_copy(update={"privacy": privacy, "phase": recipe})
+        return self.model_copy(update={"privacy": privacy, "phase": recipe, "phase_changes": ()})

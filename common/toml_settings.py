@@ -10,10 +10,13 @@ from typing import Any, TypeVar, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from common.config import SCHEMA_VERSION
 from common.errors import ConfigError, did_you_mean
 
 Settings = TypeVar("Settings", bound=BaseModel)
+
+ALGORITHM = "phase.algorithm"
+ALIASES = {"server.algorithm": ALGORITHM}
+"""What else a setting may be called on the command line."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -35,7 +38,8 @@ def read_toml(path: Path) -> dict[str, Any]:
 def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str], option: str = "--set") -> dict[str, Any]:
     """The tables with ``section.key=value`` settings put in; values are TOML, or plain text where that fails.
 
-    ``phase.0.rounds=3`` and ``phase.head.rounds=3`` address a phase by index or by name.
+    ``phase.0.rounds=3``, ``phase.head.rounds=3`` and ``phase.rounds=3`` change phases, which may be the default recipe:
+    they are added to ``phase_changes`` (:mod:`common.phase_changes`).
 
     Args:
         option: of the command line, from which the overrides are; for messages.
@@ -44,15 +48,20 @@ def apply_overrides(tables: Mapping[str, Any], overrides: Sequence[str], option:
         ConfigError: an override has no ``=`` or addresses what is not a table.
     """
     result: dict[str, Any] = _copied(tables)
-    problems = []
+    problems, changes = [], []
     for override in overrides:
         name, equals, text = override.partition("=")
-        keys = name.strip().split(".")
+        name = ALIASES.get(name.strip(), name.strip())
+        keys = name.split(".")
         if not equals or not all(keys) or (len(keys) < 2 and keys != ["phase"]):
             problems.append(f"{option} {override}: expected section.key=value, e.g. {option} privacy.epsilon=3")
             continue
-        if not _put(result, keys, _toml_value(text.strip())):
+        if keys[0] == "phase" and len(keys) > 1:
+            changes.append(f"{name}={text.strip()}")
+        elif not _put(result, keys, toml_value(text.strip())):
             problems.append(f"{option} {override}: '{name}' does not address a setting")
+    if changes and isinstance(given := result.get("phase_changes", []), list):
+        result["phase_changes"] = [*given, *changes]
     if problems:
         raise ConfigError(problems)
     return result
@@ -64,10 +73,10 @@ def validate(model: type[Settings], tables: Mapping[str, Any], source: str) -> S
     Raises:
         ConfigError: also where the settings are of a newer schema, whose names cannot be judged here.
     """
-    version = tables.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    version, known = tables.get("schema_version"), model.model_fields.get("schema_version")
+    if known is not None and isinstance(version, int) and version > known.default:
         raise ConfigError(
-            f"schema_version = {version}: is newer than this installation knows ({SCHEMA_VERSION}); update it", source
+            f"schema_version = {version}: is newer than this installation knows ({known.default}); update it", source
         )
     try:
         return model.model_validate(tables)
@@ -87,7 +96,8 @@ def _copied(value: Any) -> Any:
     return value
 
 
-def _toml_value(text: str) -> Any:
+def toml_value(text: str) -> Any:
+    """The TOML value, or plain text where it is none."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -97,20 +107,9 @@ def _toml_value(text: str) -> Any:
 def _put(tables: dict[str, Any], keys: Sequence[str], value: Any) -> bool:
     here: Any = tables
     for key in keys[:-1]:
-        if isinstance(here, list):
-            named = [item for item in here if isinstance(item, dict) and item.get("name") == key]
-            if named:
-                here = named[0]
-            elif key.isdigit() and int(key) < len(here):
-                here = here[int(key)]
-            else:
-                return False
-        else:
-            here = here.setdefault(key, {})
-        if not isinstance(here, dict | list):
+        here = here.setdefault(key, {})
+        if not isinstance(here, dict):
             return False
-    if not isinstance(here, dict):
-        return False
     here[keys[-1]] = value
     return True
 

@@ -129,7 +129,7 @@ def report_command(
         from server.checkpoint import to_json
         from server.report_page.content import as_object
 
-        sys.stdout.write(to_json(as_object(content)).decode())
+        sys.stdout.buffer.write(to_json(as_object(content)))  # JSON is UTF-8, whatever a terminal can show
         return
     page = out or folder / "report.html"
     write_page(content, page)
@@ -149,4 +149,4 @@ def predict_command(
     if len(pairs) != len(columns or []):
         raise ConfigError("--column: expected field=column, e.g. --column text=note")
     for answer in predict(adapter, source, pairs, model):
-        sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(answer) + "\n")

@@ -13,7 +13,7 @@ from common.adapted import AdaptedModel
 from common.adapter import load_adapter
 from common.cuts import INPUT
 from common.data.read import read_rows
-from common.errors import AdapterError
+from common.errors import AdapterError, DataError, ModelError
 from common.examples import Examples
 from common.model import Placement, load_base, locate
 from common.sections import LoraSection, TaskSection
@@ -36,11 +36,14 @@ def predict(
     Raises:
         AdapterError: not an adapter of this base model.
         DataError: file or column missing.
+        ModelError: the base model is not where it is said to be.
     """
+    if not source.expanduser().exists():
+        raise DataError(f"--input {source}: no such file; give an existing csv, jsonl or parquet file")
     state, card = load_adapter(adapter)
     settings = validate(TaskSection, card["task"], f"{adapter}/consilium.json")
     task = task_of(settings)
-    base = load_base(locate(model or card["model"]), task, Placement.choose(), card["pooling"])
+    base = load_base(_located(model, card["model"]), task, Placement.choose(), card["pooling"])
     if base.digest != card["model_digest"]:
         raise AdapterError(
             f"adapter {adapter}: was trained on another base model ({card['model_digest'][:12]}, this is "
@@ -52,6 +55,15 @@ def predict(
     assert isinstance(task, Predicts)
     rows = read_rows(str(source), "test", task.inputs, dict(columns))
     yield from task.predict(lambda encoded: _logits(adapted, encoded), adapted.network, base.tokenizer, rows)
+
+
+def _located(given: str | None, usual: str) -> Path:
+    try:
+        return locate(given or usual)
+    except ModelError as error:
+        if given is None:
+            raise ModelError(f"{error}; if it has moved, say with --model where it is") from None
+        raise ModelError(f"--model {given}: {str(error).partition(': ')[2]}") from None
 
 
 def _logits(model: AdaptedModel, encoded: Sequence[Encoded | None]) -> list[torch.Tensor]:

@@ -37,8 +37,8 @@ class Submission:
 
 
 def resolved_toml(config: RunConfig) -> str:
-    """The settings as TOML, defaults written out; fields that are empty are left out."""
-    tables = config.model_dump(mode="json", exclude_none=True)
+    """The settings as TOML, defaults written out and phases changed; fields that are empty are left out."""
+    tables = config.model_dump(mode="json", exclude_none=True, exclude={"phase_changes"})
     tables["phase"] = [phase.model_dump(mode="json", exclude_none=True) for phase in config.phases]
     return tomli_w.dumps(tables)
 

@@ -11,7 +11,6 @@ examples for independent draws.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,9 +18,12 @@ from statistics import fmean, stdev
 from typing import Any
 
 from common.errors import ConfigError, DataError, OutputError, did_you_mean
+from simulations.records import read_record
 
 LEAST_FOR_WILCOXON = 6
 CONFIDENCE = 0.95
+SPLITS = ("validation", "test")
+DIGESTS = "evaluation_data_digests"
 
 
 def compare(first: Path, second: Path, metric: str | None = None, split: str | None = None) -> dict[str, Any]:
@@ -50,13 +52,6 @@ def _kind(folder: Path) -> str:
     raise OutputError(
         f"{folder}: holds no finished run or sweep (neither summary.json nor sweep.json); finish it first"
     )
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        raise OutputError(f"{file}: cannot be read; restore it from a copy") from None
 
 
 # ---- sweeps ---------------------------------------------------------------------------------------------------------
@@ -92,7 +87,9 @@ def _sweeps(first: Path, second: Path, metric: str | None, split: str | None) ->
 
 
 def _completed(folder: Path) -> dict[str, dict[str, Any]]:
-    return {row["cell"]: row for row in _read(folder / "sweep.json")["cells"] if row["status"] == "completed"}
+    return {
+        row["cell"]: row for row in read_record(folder / "sweep.json", "cells")["cells"] if row["status"] == "completed"
+    }
 
 
 def paired_test(differences: Sequence[float]) -> dict[str, Any]:
@@ -121,8 +118,8 @@ def paired_test(differences: Sequence[float]) -> dict[str, Any]:
 
 
 def _runs(first: Path, second: Path, metric: str | None, split: str | None) -> dict[str, Any]:
-    sides = (_read(first / "summary.json"), _read(second / "summary.json"))
-    split, metric = _chosen([sides], metric, split)
+    sides = tuple(read_record(folder / "summary.json", "metric", *SPLITS) for folder in (first, second))
+    split, metric = _chosen([(sides[0], sides[1])], metric, split)
     _same_data(first, second, split)
     shown = [name for name in sides[0][split] if name in sides[1][split] and name != "examples"]
     figures = {
@@ -141,10 +138,10 @@ def _runs(first: Path, second: Path, metric: str | None, split: str | None) -> d
 def _answers(folder: Path, split: str) -> list[bool] | None:
     """Which examples of the split the run answers rightly; ``None`` where it has kept no such answers."""
     file = folder / "answers.json"
-    if not file.is_file() or split not in _read(folder / "manifest.json")["evaluation_data_digests"]:
+    if not file.is_file() or split not in _digests(folder):
         return None
-    kept = _read(file)
-    return list(kept["right"]) if kept.get("split") == split else None
+    kept = read_record(file, "split", "right")
+    return list(kept["right"]) if kept["split"] == split else None
 
 
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
@@ -201,11 +198,16 @@ def _figure(row: Mapping[str, Any], split: str, metric: str) -> float:
 
 def _same_data(first: Path, second: Path, split: str) -> None:
     """Raises DataError where two runs were not evaluated on the same rows."""
-    digests = [_read(folder / "manifest.json")["evaluation_data_digests"].get(split) for folder in (first, second)]
+    digests = [_digests(folder).get(split) for folder in (first, second)]
     if digests[0] != digests[1]:
         raise DataError(
             f"{first} and {second}: were evaluated on different {split} data; their figures cannot be paired"
         )
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Split → digest of the rows that a run was evaluated on."""
+    return dict(read_record(folder / "manifest.json", DIGESTS)[DIGESTS])
 
 
 def in_words(content: Mapping[str, Any]) -> str:

@@ -172,7 +172,10 @@ def _token_counter(model: str) -> CountTokens:
     from common.model import locate
     from common.tasks.token_ids import token_ids
 
-    folder = locate(model)
+    try:
+        folder = locate(model)
+    except ModelError as error:  # which names the setting of a run
+        raise ModelError(f"--model {model}: {str(error).partition(': ')[2]}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # whatever is wrong with the files: the library raises almost anything
@@ -194,5 +197,5 @@ def _save(found: Look, out: Path) -> None:
 
 
 def _print_json(value: Any) -> None:
-    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    json.dump(value, sys.stdout, indent=2)  # escaped: exact, whatever a terminal can show
     sys.stdout.write("\n")

@@ -31,7 +31,7 @@ from common.messages import SiteService
 from common.plan import Plan
 from common.prefixes import CACHE_LIMIT
 from common.requests import start_of
-from common.sections import EXAMPLE
+from common.sections import EXAMPLE, ServerSection
 from common.signing import SigningKey
 from server.checkpoint import RunFolder
 from server.evaluation import Evaluator
@@ -160,6 +160,19 @@ class Federation:
     @cached_property
     def _order(self) -> dict[str, int]:
         return {site: number for number, site in enumerate(sorted(self.parts))}
+
+    def check_count(self, server: ServerSection) -> None:
+        """Says now what the run would only find out by waiting.
+
+        Raises:
+            ConfigError: it is to have more sites than there are.
+        """
+        for name in ("min_sites", "min_replies"):
+            if (least := getattr(server, name)) > len(self.parts):
+                raise ConfigError(
+                    f"server.{name} = {least}: there are only {len(self.parts)} simulated sites; lower it, or deal the "
+                    "rows out to more sites (data.sites, data.site_column)"
+                )
 
     def _check_sizes(self, sites: Iterable[str], plan: Plan) -> None:
         """Says now, and with figures, what a real site would refuse without any. What ε needs is looked at for the

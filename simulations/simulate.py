@@ -45,6 +45,7 @@ def simulate(
         run_id = f"{config.run.name}-{secrets.token_hex(4)}"
     with cluster(config.simulation):
         federation = federation or Federation(config)
+        federation.check_count(config.server)
         config = config.model_copy(update={"task": federation.config.task})
         with _engine(config, federation, out) as engine:
             arms = _arms(config, out, tuple(federation.parts))

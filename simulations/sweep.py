@@ -113,6 +113,8 @@ def run_sweep(sweep: Sweep, heard: Heard) -> dict[str, Any]:
             written then.
     """
     sweep.refuse_other()
+    for cell in sweep.cells:  # a damaged result is said now, and not after hours of work
+        results.row_of(cell, sweep.cell_folder(cell))
     failures: dict[str, str] = {}
 
     def hear(cell: Cell, event: dict[str, Any]) -> None:

@@ -11,8 +11,8 @@ from itertools import product
 from typing import Any
 
 from common.config import RunConfig
-from common.errors import ConfigError, did_you_mean
-from common.toml_settings import apply_overrides, validate
+from common.errors import ConfigError
+from common.toml_settings import ALIASES, apply_overrides, validate
 from server.settings import absolute
 
 EPSILON = "privacy.epsilon"
@@ -20,10 +20,6 @@ NO_PRIVACY = "none"
 """As a value of ``privacy.epsilon``: the run without a mechanism."""
 
 SEEDS = ("run.seed", "simulation.seed")
-ALGORITHM = "phase.algorithm"
-ALIASES = {"server.algorithm": ALGORITHM}
-EXCLUSIVE = {"batch_size": "sample_rate", "sample_rate": "batch_size"}
-"""Settings of a phase of which one takes the other's place."""
 
 _BRACKETS = {"[": 1, "{": 1, "]": -1, "}": -1}
 
@@ -46,13 +42,10 @@ class Cell:
     """Axis → value, as written."""
     seed: int
     config: RunConfig
-    """Without the changes of its phases: what the default recipe is, a model must say first."""
-    changes: tuple[str, ...]
-    """``phase.KEY=VALUE`` and ``phase.NAME.KEY=VALUE``."""
 
     def settings(self) -> dict[str, Any]:
         """What makes the cell the run it is; JSON."""
-        return {**self.config.model_dump(mode="json"), "phase changes": list(self.changes)}
+        return self.config.model_dump(mode="json")
 
     @cached_property
     def resident(self) -> str:
@@ -60,7 +53,7 @@ class Cell:
 
         All settings count but those known not to touch either, so a setting that is new here costs time at worst.
         """
-        settings = self.config.model_dump(mode="json", exclude={"server", "wire"})
+        settings = self.config.model_dump(mode="json", exclude={"server", "wire", "phase_changes"})
         free = {
             "run": ("name", *(["seed"] if self.config.data.site_column else [])),
             "privacy": ("epsilon", "delta", "noise", "metrics", "metrics_share"),
@@ -126,14 +119,13 @@ def cells_of(
     for key in keys:
         if keys.count(key) > 1:
             raise ConfigError(f"--over {key}: is given twice; list all its values in one")
-    plain, changes = _sorted_out(overrides)
-    tables = apply_overrides(tables, plain)
+    tables = apply_overrides(tables, overrides)
     titles = _titles(keys)
     cells = []
     runs: dict[str, Cell] = {}
     for seed in range(seeds):
         for values in product(*(axis.values for axis in axes)):
-            cell = _cell(tables, changes, tuple(zip(keys, values, strict=True)), seed, titles, source)
+            cell = _cell(tables, tuple(zip(keys, values, strict=True)), seed, titles, source)
             twin = runs.setdefault(json.dumps(cell.settings()), cell)
             if twin is not cell:
                 raise ConfigError(f"--over: {twin.name} and {cell.name} are the same run; leave one value out")
@@ -143,13 +135,12 @@ def cells_of(
 
 def _cell(
     tables: Mapping[str, Any],
-    changes: Sequence[str],
     choices: tuple[tuple[str, str], ...],
     seed: int,
     titles: Mapping[str, str],
     source: str,
 ) -> Cell:
-    mine, more = _sorted_out([override for key, value in choices for override in _overrides(key, value)])
+    mine = [override for key, value in choices for override in _overrides(key, value)]
     varied = apply_overrides(tables, [*mine, *(f"{key}={seed}" for key in SEEDS)], option="--over")
     config = absolute(validate(RunConfig, varied, source))
     if config.simulation.compare:
@@ -157,10 +148,8 @@ def _cell(
             "simulation.compare = true: would train further models in each cell; a sweep compares its cells, so add "
             "--set simulation.compare=false"
         )
-    changed = (*changes, *more)
-    with_changes(config, changed)
     parts = [f"{titles[key]}-{_fit_for_a_name(value)}" for key, value in choices]
-    return Cell("_".join([*parts, f"seed-{seed}"]), choices, seed, config, changed)
+    return Cell("_".join([*parts, f"seed-{seed}"]), choices, seed, config)
 
 
 def _overrides(key: str, value: str) -> list[str]:
@@ -170,54 +159,6 @@ def _overrides(key: str, value: str) -> list[str]:
     if value == NO_PRIVACY:
         return ["privacy.mechanism=none"]
     return ["privacy.mechanism=dp-sgd", f"{key}={value}"]
-
-
-def _sorted_out(overrides: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Settings of tables, and changes of phases (where the recipe may be the task's default)."""
-    plain: list[str] = []
-    changes: list[str] = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        key = ALIASES.get(key.strip(), key.strip())
-        (changes if key.startswith("phase.") else plain).append(f"{key}{equals}{value}")
-    return plain, tuple(changes)
-
-
-def with_changes(config: RunConfig, changes: Sequence[str]) -> RunConfig:
-    """The settings with changes of their phases, be these written or the default recipe.
-
-    ``phase.NAME.KEY`` changes one phase and ``phase.KEY`` all of them; ``phase.algorithm`` those that train ``lora``,
-    since others have no use for it.
-
-    Raises:
-        ConfigError: no such phase, or a value that does not fit.
-    """
-    if not changes:
-        return config
-    phases = [{**phase.model_dump(), "train": list(phase.train)} for phase in config.phases]
-    for change in changes:
-        key, _, value = change.partition("=")
-        *_, name = key.split(".")
-        for phase in _addressed(phases, key):
-            if name in EXCLUSIVE:
-                phase[EXCLUSIVE[name]] = None
-            phase.update(apply_overrides({"phase": {}}, [f"phase.{name}={value}"])["phase"])
-    return validate(RunConfig, {**config.model_dump(), "phase": phases}, ", ".join(changes))
-
-
-def _addressed(phases: Sequence[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    parts = key.split(".")
-    if len(parts) == 3:
-        found = [phase for phase in phases if phase["name"] == parts[1]]
-        if not found:
-            raise ConfigError(f"{key}: there is no such phase{did_you_mean(parts[1], [one['name'] for one in phases])}")
-    elif len(parts) == 2:
-        found = [phase for phase in phases if key != ALGORITHM or "lora" in phase["train"]]
-        if not found:
-            raise ConfigError(f"{key}: no phase trains 'lora', and an algorithm is chosen for nothing else")
-    else:
-        raise ConfigError(f"{key}: does not address a setting; expected phase.KEY or phase.NAME.KEY")
-    return found
 
 
 def _titles(keys: Sequence[str]) -> dict[str, str]:

@@ -45,7 +45,6 @@ class _Worker:
             "name": cell.name,
             "folder": str(folder),
             "config": cell.config.model_dump_json(),
-            "changes": cell.changes,
             "resident": self.resident,
         }
         with suppress(BrokenPipeError):

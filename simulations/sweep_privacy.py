@@ -10,13 +10,14 @@ noise comes from seeds, and two cells of one seed share theirs: what a simulatio
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import OutputError
 from common.privacy.accounting import Segment, epsilon
+from simulations.records import read_record
 from simulations.sweep_grid import Axis, Cell
 
 ANY_SITE = "any site"
@@ -52,12 +53,21 @@ class Composed:
 
 
 def spent_by(folder: Path) -> dict[str, Spent]:
-    """Site → what its part in the run costs, as the site itself stated it when it took the plan."""
+    """Site → what its part in the run costs, as the site itself stated it when it took the plan.
+
+    Raises:
+        OutputError: the sites' statements are damaged.
+    """
     file = folder / "sites.json"
     if not file.is_file():
         return {}
-    sites = json.loads(file.read_text(encoding="utf-8"))
-    return {site: _spent(one["privacy"]) for site, one in sites.items() if one.get("privacy")}
+    sites = read_record(file)
+    try:
+        return {site: _spent(one["privacy"]) for site, one in sites.items() if one["privacy"]}
+    except (KeyError, TypeError):
+        raise OutputError(
+            f"{file}: is damaged; restore it from a copy, or the ε of this run cannot be counted"
+        ) from None
 
 
 def _spent(statement: Mapping[str, Any]) -> Spent:

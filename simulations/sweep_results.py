@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
 from server.evaluation import LOWER_IS_BETTER
+from simulations.records import read_record
 from simulations.sweep_grid import Cell
 
 SPREAD = "mean ± standard deviation over the seeds (n − 1 in the denominator)"
@@ -95,11 +95,16 @@ def row_of(cell: Cell, folder: Path, failure: str = "") -> Row:
 
     Args:
         failure: why it failed, if it did.
+
+    Raises:
+        OutputError: its result is damaged.
     """
     choices = dict(cell.choices)
     if not (folder / "summary.json").is_file():
         return Row(cell.name, choices, cell.seed, "failed" if failure else "missing", failure)
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    summary = read_record(
+        folder / "summary.json", "sites", "metric", "best_round", *SPLITS, "bytes_down", "bytes_up", "seconds"
+    )
     stated = [site["privacy"] for site in summary["sites"].values() if site["privacy"]]
     private = [one for one in stated if one["epsilon"] is not None]
     worst = max(private, key=lambda one: float(one["epsilon"])) if len(private) == len(stated) and private else None

@@ -22,13 +22,12 @@ from typing import Any
 import torch
 
 from common.config import RunConfig
-from common.errors import ConsiliumError
+from common.errors import ConsiliumError, OutputError
 from common.logs import LogFormat, set_up_logging
 from server.prepare import prepare
 from server.watcher import Silent
 from simulations.federation import Federation
 from simulations.simulate import simulate
-from simulations.sweep_grid import with_changes
 
 log = logging.getLogger(__name__)
 
@@ -61,8 +60,9 @@ class Worker:
             config = RunConfig.model_validate_json(order["config"])
             federation = self._resident(order["resident"], config)
             # The task as the model has settled it; everything else is this cell's own, not the one's that loaded it.
-            config = with_changes(config.model_copy(update={"task": federation.config.task}), order["changes"])
+            config = config.model_copy(update={"task": federation.config.task})
             if order["order"] == "check":
+                federation.check_count(config.server)
                 prepare(config, "check", federation.model, federation.evaluator)
                 self.tell(event="fits")
             else:
@@ -91,7 +91,15 @@ class Worker:
         def watch(title: str, rounds: int) -> Iterator[Rounds]:
             yield Rounds(rounds, self.tell)
 
-        simulate(config, folder, started, watch, federation)
+        try:
+            simulate(config, folder, started, watch, federation)
+        except OutputError as error:
+            if not started:
+                raise
+            raise OutputError(
+                f"{error}. This cell is not run anew in this sweep, which counts the ε that it has spent: mend or put "
+                "back what was changed, or give the whole sweep a new --out"
+            ) from None
 
 
 def main() -> None:

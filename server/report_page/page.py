@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jinja2
 
+from common.errors import OutputError
 from server.checkpoint import write_atomically
 from server.report_page import charts, small_multiples, words
 from server.report_page.charts import STYLES, Chart, Line, line_chart
@@ -58,6 +59,8 @@ def write_page(content: Content, file: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
+    if file.is_dir():
+        raise OutputError(f"--out {file}: is a folder; give the page's file, e.g. --out {file / 'report.html'}")
     write_atomically(file, render(content).encode())
 
 

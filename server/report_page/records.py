@@ -56,18 +56,16 @@ def records_of(path: Path) -> Records:
                 f"report {path}: holds no run ({name} is missing); give the folder that --out of 'consilium simulate' "
                 "or 'consilium server run' named"
             )
-    manifest = _read(path, "manifest.json", _object)
-    if manifest.get("schema_version", 0) > SCHEMA_VERSION:
-        raise OutputError(f"report {path}: was written by a newer version; update this installation")
+    manifest = _read(path, "manifest.json", _versioned)
     error = _read(path, "error.json", _object) if (path / "error.json").is_file() else None
-    summary = _read(path, "summary.json", _object) if (path / "summary.json").is_file() else None
+    summary = _read(path, "summary.json", _summary) if (path / "summary.json").is_file() else None
     return Records(
         path=path,
         manifest=manifest,
         toml=_read(path, "run.toml", str),
         config=_settings(path),
         rounds=_rounds(path, ""),
-        sites=_read(path, "sites.json", _object) if (path / "sites.json").is_file() else {},
+        sites=_read(path, "sites.json", _described) if (path / "sites.json").is_file() else {},
         summary=summary,
         error=None if error is None or summary else str(error.get("message", "")),
         working=summary is None and RunLock(path).holder() is not None,
@@ -96,6 +94,36 @@ def _lines(text: str) -> tuple[Round, ...]:
     return rounds
 
 
+def _described(text: str) -> dict[str, Any]:
+    """Sites as they described themselves."""
+    sites = _object(text)
+    for one in sites.values():
+        if not isinstance(one["public_size"], int):
+            raise ValueError("not a declared size")
+        for phase in (one["privacy"] or {"phases": ()})["phases"]:
+            if not all(isinstance(phase[name], int | float) for name in ("sample_rate", "noise_multiplier", "steps")):
+                raise ValueError(f"phase {phase['name']}: not a statement")
+    return sites
+
+
+def _summary(text: str) -> dict[str, Any]:
+    summary = _versioned(text)
+    if not isinstance(summary["best_round"], int) or not isinstance(summary["validation"], dict):
+        raise ValueError("not a result")
+    return summary
+
+
+def _versioned(text: str) -> dict[str, Any]:
+    value = _object(text)
+    if value.get("schema_version", 0) > SCHEMA_VERSION:
+        raise _Newer
+    return value
+
+
+class _Newer(Exception):
+    """A file of a later version."""
+
+
 def _object(text: str) -> dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
@@ -106,7 +134,9 @@ def _object(text: str) -> dict[str, Any]:
 def _read(path: Path, name: str, parse: Callable[[str], Read]) -> Read:
     try:
         return parse((path / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
+    except _Newer:
+        raise OutputError(f"report {path}: {name} was written by a newer version; update this installation") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(
             f"report {path}: {name} is damaged ({type(error).__name__}); restore the folder from a copy"
         ) from None

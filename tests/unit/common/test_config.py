@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from common.errors import ConfigError
 from common.recipes import default_phases
 from common.sections import PrivacySection, TaskSection
 from common.toml_settings import apply_overrides, read_toml, validate
+from server.settings import resolved_toml
 
 TASK = {"labels": ["urgent", "routine"]}
 PHASE = {"name": "head", "rounds": 2, "sample_rate": 0.5}
@@ -209,6 +211,65 @@ def test_a_phase_is_addressed_by_index_or_by_name() -> None:
     assert [phase.rounds for phase in config.phases] == [3, 4]
 
 
+DEFAULT: dict[str, Any] = {"task": TABLES["task"]}
+
+
+def overridden(*overrides: str, tables: dict[str, Any] = TABLES) -> RunConfig:
+    return validate(RunConfig, apply_overrides(tables, overrides), "run.toml")
+
+
+def test_the_phases_of_the_default_recipe_are_addressed_alike() -> None:
+    usual = overridden(tables=DEFAULT)
+    for settings in (("phase.head.rounds=7",), ("phase.0.rounds=7",), ("phase.rounds=7", "phase.lora.rounds=4")):
+        config = overridden(*settings, tables=DEFAULT)
+        assert config.phases == (usual.phases[0].model_copy(update={"rounds": 7}), usual.phases[1])
+        assert config.phase == ()  # so that the model still says which recipe it is, and whether features are mapped
+        assert validate(RunConfig, json.loads(config.model_dump_json()), "") == config
+
+
+def test_an_algorithm_is_changed_where_lora_is_trained_and_a_batch_takes_the_sample_rates_place() -> None:
+    tables = {**DEFAULT, "phase": [{**TABLES["phase"][0], "train": ["head"]}, TABLES["phase"][1]]}
+    config = overridden("server.algorithm=fedsvd", "phase.lora.batch_size=4", tables=tables)
+    assert [phase.algorithm for phase in config.phases] == ["ffa", "fedsvd"]
+    assert [(phase.sample_rate, phase.batch_size) for phase in config.phases] == [(1.0, None), (None, 4)]
+
+
+def test_a_recipe_that_was_changed_by_hand_stays_as_it_is_without_privacy() -> None:
+    config = overridden("phase.head.learning_rate=3.5", tables=DEFAULT)
+    written = validate(RunConfig, tomllib.loads(resolved_toml(config)), "run.toml")  # as a resumed run reads it
+    assert written.phases == config.phases and written.phase_changes == ()
+    assert config.without_privacy().phases == written.without_privacy().phases == config.phases
+
+
+@pytest.mark.parametrize("tables", [TABLES, DEFAULT])
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("phase.haed.rounds=1", "phase.haed.rounds: there is no such phase (did you mean 'head'?)"),
+        ("phase.7.rounds=1", "phase.7.rounds: there is no such phase (known: head, lora)"),
+        (
+            "phase.head.rounds.x=1",
+            "phase.head.rounds.x: does not address a setting; expected phase.KEY or phase.NAME.KEY",
+        ),
+        ("phase.head.round=1", "setting in phase.head.round=1: round: unknown setting (did you mean 'rounds'?)"),
+        (
+            "phase.head.rounds=0",
+            "setting in phase.head.rounds=0: rounds = 0: should be greater than or equal to 1",
+        ),
+    ],
+)
+def test_a_change_of_a_phase_that_does_not_fit_is_refused(tables: dict[str, Any], override: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        overridden(override, tables=tables)
+    assert str(caught.value) == problem
+
+
+def test_all_phases_that_are_not_there_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        overridden("phase.body.rounds=1", "phase.7.rounds=1")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["phase.body.rounds", "phase.7.rounds"]
+
+
 def test_overrides_leave_the_given_tables_alone() -> None:
     apply_overrides(TABLES, ["phase.0.rounds=3", "task.max_length=16"])
     assert TABLES["phase"][0]["rounds"] == 40
@@ -216,12 +277,12 @@ def test_overrides_leave_the_given_tables_alone() -> None:
 
 
 def test_all_wrong_overrides_are_told_at_once() -> None:
-    wrong = ["privacy.epsilon", "epsilon=3", "phase.body.rounds=1", "phase.7.rounds=1", "task.labels.x=1", "a..b=1"]
+    wrong = ["privacy.epsilon", "epsilon=3", "task.labels.x=1", "a..b=1"]
     with pytest.raises(ConfigError) as caught:
         apply_overrides(TABLES, wrong)
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"--set {each}" for each in wrong]
     assert "expected section.key=value, e.g. --set privacy.epsilon=3" in caught.value.problems[0]
-    assert "'phase.body.rounds' does not address a setting" in caught.value.problems[2]
+    assert "'task.labels.x' does not address a setting" in caught.value.problems[2]
 
 
 def test_an_override_with_an_unknown_name_is_an_unknown_setting() -> None:

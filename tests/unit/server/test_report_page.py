@@ -548,6 +548,13 @@ def test_the_content_can_be_had_as_data(
         ("manifest.json", "{", "manifest.json is damaged"),
         ("manifest.json", '{"schema_version": 99}', "newer version"),
         ("summary.json", "[]", "summary.json is damaged"),
+        ("summary.json", "{}", "summary.json is damaged"),
+        ("summary.json", '{"best_round": "last", "validation": {}}', "summary.json is damaged"),
+        ("summary.json", '{"schema_version": 99}', "summary.json was written by a newer version; update"),
+        ("summary.json", '{"schema_version": "1"}', "summary.json is damaged"),
+        ("sites.json", '{"north": 1}', "sites.json is damaged"),
+        ("sites.json", '{"north": {"privacy": null}}', "sites.json is damaged"),
+        ("sites.json", '{"north": {"public_size": 9, "privacy": {"phases": [1]}}}', "sites.json is damaged"),
         ("rounds.jsonl", '{"round": 0}', "rounds.jsonl is damaged"),
         ("rounds.jsonl", '{"round": 0, "metrics": {}, "by_site": 1}', "rounds.jsonl is damaged"),
         ("run.toml", "[task]\nlabelz = 1", "labelz"),
@@ -570,6 +577,16 @@ def test_a_folder_that_cannot_be_read_is_one_message_and_exit_code_2(
     assert (code, stdout) == (2, "") and stderr.startswith("error: ") and said in stderr and "Traceback" not in stderr
     with pytest.raises(OutputError):
         content_of_folder(tmp_path)
+
+
+def test_a_folder_is_no_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = write_run(tmp_path / "run"), tmp_path / "pages"
+    other.mkdir()
+    code, stdout, stderr = call(monkeypatch, capsys, run, "--out", other)
+    assert (code, stdout) == (2, "") and list(other.iterdir()) == []
+    assert stderr == f"error: --out {other}: is a folder; give the page's file, e.g. --out {other / 'report.html'}\n"
 
 
 def test_the_commands_help_loads_nothing_of_the_page() -> None:

@@ -164,3 +164,19 @@ def test_the_interval_holds_the_true_difference_as_often_as_it_says() -> None:
         low, high = paired_test(list(generator.normal(0.3, 1.0, 5)))["confidence_interval"]
         held += low <= 0.3 <= high
     assert 0.92 <= held / 400 <= 0.98
+
+
+@pytest.mark.parametrize("name", ["summary.json", "manifest.json", "answers.json"])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema_version": 1}', "[1, 2]"])
+def test_a_damaged_file_of_a_run_is_named_with_the_remedy(tmp_path: Path, name: str, content: str) -> None:
+    first, second = (write_run(tmp_path / one, 0.5, right="1") for one in ("first", "second"))
+    (first / name).write_text(content)
+    with pytest.raises(OutputError, match=rf"first/{name}: .*restore it from a copy"):
+        compare(first, second)
+
+
+def test_a_damaged_table_of_a_sweep_is_named_with_the_remedy(tmp_path: Path) -> None:
+    first, second = (write_sweep(tmp_path / one, {"epsilon-1_seed-0": 0.5}) for one in ("first", "second"))
+    (first / "sweep.json").write_text("{}")
+    with pytest.raises(OutputError, match=r"sweep.json: is damaged \('cells' is missing\); restore it from a copy"):
+        compare(first, second)

@@ -72,7 +72,7 @@ def test_the_files_have_the_sites_of_a_simulation_with_the_same_settings(
     options = [part for name, value in by.items() for part in (f"--{name}", value)]
     common = ("partition", "--input", triage_data, "--out", tmp_path / "parts", "--sites", 4, "--seed", 11)
     run(*common, "--min-size", 2, *options)
-    settings = {
+    settings: dict[str, Any] = {
         "run": {"seed": 11},
         "model": {"name": str(tiny_bert)},
         "task": {"name": "sequence-classification", "labels": LABELS},
@@ -275,8 +275,10 @@ def test_tokens_are_those_of_the_models_own_tokenizer(tmp_path: Path, tiny_bert:
     (tmp_path / "notes.csv").write_text("text\nmild cough\n" + "cough " * 300 + "\n")
     found = as_json("look", tmp_path / "notes.csv", "--model", tiny_bert)
     assert found["sites"]["all rows"]["tokens"] == {"median": 4, "most": 302, "longest": 302}  # with [CLS] and [SEP]
-    with pytest.raises(ConsiliumError, match="no such folder"):
+    with pytest.raises(ConsiliumError) as caught:
         run("look", tmp_path / "notes.csv", "--model", tmp_path / "absent")
+    remedy = "give 'minilm', an existing folder or a hub id"
+    assert str(caught.value) == f"--model {tmp_path / 'absent'}: no such folder; {remedy}"
 
 
 def test_what_the_data_say_is_not_taken_for_markup(tmp_path: Path) -> None:

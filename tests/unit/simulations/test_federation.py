@@ -114,6 +114,21 @@ def test_too_few_sites_are_named_before_any_is_asked(crowd: Federation, tmp_path
     assert not (tmp_path / "run" / "sites").exists()
 
 
+@pytest.mark.parametrize("name", ["min_sites", "min_replies"])
+def test_a_simulation_of_fewer_sites_than_it_needs_is_refused_before_it_starts(
+    crowd: Federation, tmp_path: Path, name: str
+) -> None:
+    server = crowd.config.server.model_copy(update={name: SITES + 1})
+    config = crowd.config.model_copy(update={"server": server})
+    with pytest.raises(ConfigError) as caught:
+        simulate(config, tmp_path / "run", False, lambda title, rounds: nullcontext(Silent()), crowd)
+    assert str(caught.value) == (
+        f"server.{name} = {SITES + 1}: there are only {SITES} simulated sites; lower it, or deal the rows out to more "
+        "sites (data.sites, data.site_column)"
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_cohort_is_asked_alike_whether_all_sites_are_described_first_or_none(
     tiny_bert: Path, triage_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

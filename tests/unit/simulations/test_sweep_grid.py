@@ -11,7 +11,7 @@ from common.config import RunConfig
 from common.errors import ConfigError
 from common.recipes import default_phases
 from common.toml_settings import validate
-from simulations.sweep_grid import Cell, cells_of, read_axis, with_changes
+from simulations.sweep_grid import Cell, cells_of, read_axis
 
 TABLES: dict[str, Any] = {
     "task": {"name": "sequence-classification", "labels": ["a", "b"]},
@@ -69,20 +69,24 @@ def test_an_algorithm_is_set_in_every_phase_that_trains_lora_and_in_no_other() -
     for key in ("server.algorithm", "phase.algorithm"):
         (cell,) = grid(f"{key}=fedsvd", tables=WRITTEN)
         assert cell.name == "algorithm-fedsvd_seed-0"
-        assert [phase.algorithm for phase in with_changes(cell.config, cell.changes).phases] == ["ffa", "fedsvd"]
+        assert [phase.algorithm for phase in cell.config.phases] == ["ffa", "fedsvd"]
 
 
 def test_a_phase_is_changed_by_name_and_all_of_them_without_one() -> None:
     (one,) = grid("phase.lora.rounds=7", tables=WRITTEN)
     (every,) = grid("phase.rounds=7", tables=WRITTEN)
-    assert [phase.rounds for phase in with_changes(one.config, one.changes).phases] == [3, 7]
-    assert [phase.rounds for phase in with_changes(every.config, every.changes).phases] == [7, 7]
+    assert [phase.rounds for phase in one.config.phases] == [3, 7]
+    assert [phase.rounds for phase in every.config.phases] == [7, 7]
+    (first,) = grid("phase.0.rounds=7", tables=WRITTEN)
+    assert [phase.rounds for phase in first.config.phases] == [7, 2]
+    with pytest.raises(ConfigError, match=r"phase.2.rounds: there is no such phase \(known: head, lora\)"):
+        grid("phase.2.rounds=7", tables=WRITTEN)
     (batch,) = grid("phase.lora.batch_size=4", tables=WRITTEN)
-    changed = with_changes(batch.config, batch.changes).phases[1]
+    changed = batch.config.phases[1]
     assert (changed.batch_size, changed.sample_rate) == (4, None)
 
 
-def test_the_default_recipe_is_changed_only_when_the_model_has_said_which_it_is() -> None:
+def test_a_change_applies_to_whichever_default_recipe_the_model_asks_for() -> None:
     (cell,) = grid("server.algorithm=fedsvd", "privacy.epsilon=none")
     assert cell.config.phase == ()
     for feature_map in ("none", "held-out-texts"):
@@ -90,15 +94,12 @@ def test_the_default_recipe_is_changed_only_when_the_model_has_said_which_it_is(
             update={"task": cell.config.task.model_copy(update={"feature_map": feature_map})}
         )
         usual = default_phases(decided.task, decided.privacy)
-        assert with_changes(decided, cell.changes).phases == (
-            usual[0],
-            usual[1].model_copy(update={"algorithm": "fedsvd"}),
-        )
+        assert decided.phases == (usual[0], usual[1].model_copy(update={"algorithm": "fedsvd"}))
 
 
 def test_settings_of_phases_may_be_the_same_in_all_cells() -> None:
     (cell,) = grid(settings=("phase.lora.rounds=9", "lora.r=2"), tables=WRITTEN)
-    assert cell.config.lora.r == 2 and with_changes(cell.config, cell.changes).phases[1].rounds == 9
+    assert cell.config.lora.r == 2 and cell.config.phases[1].rounds == 9
 
 
 def test_cells_share_a_model_and_its_data_unless_a_setting_touches_either() -> None:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from common.errors import OutputError
+from simulations.sweep import Sweep, run_sweep
+from simulations.sweep_grid import cells_of
 from simulations.sweep_results import Row, Spread, best_of, groups_of, table_of, to_csv, to_markdown
 
 
@@ -33,7 +37,7 @@ ROWS = [row("1", 0, 0.5), row("none", 0, 0.8), row("1", 1, 0.7), row("none", 1, 
 def test_the_spread_is_the_sample_standard_deviation() -> None:
     spread = Spread.of([0.5, 0.7, 0.9])  # deviations -0.2, 0, 0.2: sqrt((0.04 + 0.04) / 2) = 0.2
     assert spread is not None
-    assert (spread.n, spread.mean, spread.deviation) == (3, pytest.approx(0.7), pytest.approx(0.2))
+    assert spread.n == 3 and [spread.mean, spread.deviation] == pytest.approx([0.7, 0.2])
     assert spread.text(3) == "0.700 ± 0.200"
     assert Spread.of([None, 0.25]) == Spread(1, 0.25, None) and Spread(1, 0.25, None).text(2) == "0.25"
     assert Spread.of([None]) is None
@@ -74,3 +78,15 @@ def test_failed_runs_have_a_row_and_no_part_in_the_means() -> None:
     assert len(found) == 6 and found[-1]["status"] == "failed" and found[-1]["why"] == "out of memory"
     assert found[0]["test_accuracy"] == "0.5" and found[0]["privacy.epsilon"] == "1"
     assert found[0]["epsilon_of_run_selection_not_charged"] == "1.0"
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"metric": '])
+def test_a_damaged_result_is_said_before_anything_is_run(tmp_path: Path, content: str) -> None:
+    tables = {"task": {"name": "sequence-classification", "labels": ["a", "b"]}}
+    cells = tuple(cells_of(tables, [], [], 2, ""))
+    summary = tmp_path / "cells" / "seed-1" / "summary.json"
+    summary.parent.mkdir(parents=True)
+    summary.write_text(content)
+    with pytest.raises(OutputError, match=r"seed-1/summary.json: .*restore it from a copy"):
+        run_sweep(Sweep(tmp_path, (), cells, 1, 1), lambda cell, event: None)
+    assert [one.name for one in tmp_path.iterdir()] == ["cells"]
