@@ -78,8 +78,8 @@ def measured() -> str:
         parts.append(
             "Federated on medquad_qtype, nine natural sites, test split, mean ± spread over seeds "
             "(`benchmarks/utility.py`; settings were chosen on the server's validation data, and that choice is not "
-            "charged to ε; row `ffa`: before heads were calibrated between phases, DECISIONS.md, 75 and 76):\n\n"
-            + text.rpartition("\n\n")[0]
+            "charged to ε; rows of a named algorithm show what its LoRA phase ended with, which the default recipe "
+            "keeps only where it gained; DECISIONS.md, 67 and 76):\n\n" + text.rpartition("\n\n")[0]
         )
     if (RESULTS / "simulation.json").exists():
         parts.append(_simulation(json.loads((RESULTS / "simulation.json").read_text(encoding="utf-8"))["rows"]))

@@ -22,7 +22,7 @@ from common.code import code_digest
 from common.data.read import SUFFIXES, Rows, count_rows, read_rows
 from common.data.split import count, select
 from common.data.units import count_units, units_of
-from common.errors import ConfigError, DataError
+from common.errors import ConfigError, ConsiliumError, DataError
 from common.examples import Examples
 from common.model import Placement, digest_of, load_base, locate
 from common.plan import Plan
@@ -74,13 +74,15 @@ class Resident:
     def warm_up(self) -> None:
         """Reads every data set now, so that an unreadable file stops the agent from starting, and never a round.
 
-        Cached activations of data that have changed since are deleted.
+        What the allowed tasks learn from is kept: the file is not looked at again. Cached activations of data that have
+        changed since are deleted.
 
         Raises:
             ConfigError: they cannot be.
         """
-        for data in self.config.data.values():
+        for name, data in self.config.data.items():
             size_of(data)
+            self._read_ahead(name)
         try:
             wipe_outdated(self.cache, {name: files_of(data) for name, data in self.config.data.items()})
         except OSError as error:
@@ -88,14 +90,25 @@ class Resident:
                 f"site.state: activations of deleted rows may be left in {self.cache} ({error.strerror}); delete it"
             ) from None
 
+    def _read_ahead(self, name: str) -> None:
+        """The cells of a data set, for each allowed task that can learn from it; tells where none can."""
+        faults = []
+        for task_name in self.config.policy.tasks:
+            try:
+                self.rows(name, TaskSection.model_construct(name=task_name))  # labels decide nothing of what is read
+            except ConsiliumError as error:
+                faults.append(f"{task_name}: {error}")
+        if len(faults) == len(self.config.policy.tasks):
+            log.warning("data '%s' can be learnt from by no task of policy.tasks: %s", name, "; ".join(faults))
+
     @property
     def cache(self) -> Path:
         """The folder of all data sets' frozen activations: as secret as the data."""
         return self.config.site.state / "cache"
 
-    def rows(self, name: str, task_name: str, task_settings: TaskSection) -> Rows:
+    def rows(self, name: str, task_settings: TaskSection) -> Rows:
         """The rows of a data set, read once; with their privacy units, where a unit is more than a row."""
-        key = (name, task_name)
+        key = (name, task_settings.name)
         if key not in self._rows:
             data = self.config.data[name]
             # A single file is learnt from as a whole: what is held out is held out at the coordinator.
@@ -107,20 +120,19 @@ class Resident:
         key = (plan.data, plan.task.name)
         if key not in self._fingerprints:
             try:
-                rows = self.rows(plan.data, plan.task.name, plan.task)
-            except DataError:
+                self._fingerprints[key] = fingerprint_of(self.rows(plan.data, plan.task))
+            except KeyboardInterrupt:
+                raise
+            except BaseException:  # a panic of a library in Rust is no Exception, and a row must fail no round
+                log.exception("data '%s' cannot be read; see 'consilium site check'", plan.data)
                 return ""
-            state = hashlib.sha256()
-            for field_name in sorted(rows):
-                state.update(json.dumps([field_name, *map(str, rows[field_name])]).encode())
-            self._fingerprints[key] = state.hexdigest()
         return self._fingerprints[key]
 
     def examples(self, plan: Plan, model: AdaptedModel) -> Examples:
         """The plan's data, encoded once; rows that cannot be learnt from stay as void examples."""
         key = (plan.data, plan.task, plan.model_digest)
         if key not in self._examples:
-            rows = dict(self.rows(plan.data, plan.task.name, plan.task))
+            rows = dict(self.rows(plan.data, plan.task))
             ids = rows.pop(UNIT, None)
             units = None if ids is None else units_of(ids)
             self._examples[key] = Examples(
@@ -131,6 +143,14 @@ class Resident:
                 cache_folder(self.cache, plan.data),
             )
         return self._examples[key]
+
+
+def fingerprint_of(rows: Rows) -> str:
+    """Digest of rows as they were read."""
+    state = hashlib.sha256()
+    for field_name in sorted(rows):
+        state.update(json.dumps([field_name, *map(str, rows[field_name])]).encode())
+    return state.hexdigest()
 
 
 def encode_each(rows: Rows, model: AdaptedModel) -> list[Encoded | None]:

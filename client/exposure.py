@@ -8,7 +8,7 @@ followed:
 - anything that belongs to the user, who can change the mode.
 
 What decides what the agent does, and is no secret (base models in folders of this machine, certificates, the installed
-code), may be read, and must not be written.
+code with Python and the libraries), may be read, and must not be written.
 
 The folder of the agent's socket is judged otherwise, for the relay must connect: the user must be able to enter it and
 all folders above it, and must not be able to list it (it would learn the names of what lies beside the socket), nor to
@@ -27,6 +27,7 @@ import os
 import pwd
 import stat
 import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,10 @@ TRUSTING = (
     "site.trust_relay = true: the relay may run under the agent's own user, and then CODE THAT THE COORDINATOR SHIPS "
     "CAN READ THE DATA; for trials only"
 )
+OWN = ("client", "common", "server", "simulations", "consilium.py")
+"""What is installed beside this package, and run by the same command."""
+LIBRARIES = ("stdlib", "purelib", "platlib")
+"""Python's own library, and the folders that others are installed in, as sysconfig calls them."""
 NOTHING: Mapping[str, Path] = MappingProxyType({})
 
 
@@ -151,10 +156,12 @@ def guarded(config: SiteConfig, source: Path) -> dict[str, Path]:
 def steering(config: SiteConfig) -> dict[str, Path]:
     """Setting → path of what the relay may read and must not write, as far as it is there.
 
-    A base model is loaded long after its digest was compared. Models of the hub lie in a cache that is not looked at.
+    A base model is loaded long after its digest was compared. Models of the hub lie in a cache that is not looked at,
+    and neither are libraries that are installed in place, elsewhere than all others.
     """
     paths = {f"models: {name}": Path(name).expanduser() for name in config.models}
-    paths |= {f"installation: {name}": Path(__file__).parents[1] / name for name in ("client", "common")}
+    paths |= {f"installation: {name}": Path(__file__).parents[1] / name for name in OWN}
+    paths |= {f"installation: {name}": Path(sysconfig.get_path(name)) for name in LIBRARIES}
     paths["installation: Python"] = Path(sys.executable)
     if config.tls is not None:
         paths |= {"tls.certificate": config.tls.certificate, "tls.authority": config.tls.authority}
@@ -174,7 +181,8 @@ def refuse_exposed(
         ConfigError: lists every exposed path with its setting and the remedy; of a whole installation a few.
     """
     looked_at = [(*entry, exposures(user, entry[1])) for entry in paths.items()]
-    looked_at += [(*entry, exposures(user, entry[1], WRITE)[:ENOUGH]) for entry in writable.items()]
+    seen: set[str] = set()  # one folder of an installation may lie in another
+    looked_at += [(*entry, exposures(user, entry[1], WRITE, seen)[:ENOUGH]) for entry in writable.items()]
     problems = [
         f"{setting} = '{path}': the relay's user '{user.name}' {found.can}; {found.remedy}"
         for setting, path, exposed in looked_at
@@ -189,17 +197,18 @@ def refuse_exposed(
         raise ConfigError(problems)
 
 
-def exposures(user: User, path: Path, forbidden: int = READ | WRITE) -> list[Exposure]:
+def exposures(user: User, path: Path, forbidden: int = READ | WRITE, seen: set[str] | None = None) -> list[Exposure]:
     """What the user could read, write or replace of a file, or of a folder and all that lies in it.
 
     Args:
-        forbidden: mode bits that it must not have; what can be replaced is told in any case.
+        forbidden: mode bits that it must not have, WRITE among them.
+        seen: what was looked at before, and is not again; what is looked at now is added.
 
     Raises:
         ConfigError: the agent itself cannot look.
     """
     try:
-        return list(_exposures(user, path, set(), forbidden))
+        return list(_exposures(user, path, set() if seen is None else seen, forbidden))
     except OSError as error:
         raise ConfigError(
             f"'{path}': cannot be looked at ({error.strerror}), so nobody knows who can read it; give it to the "
@@ -239,7 +248,7 @@ def _relay_of(config: SiteConfig) -> User:
     return user
 
 
-def _exposures(user: User, path: Path, seen: set[Path], forbidden: int) -> Iterator[Exposure]:
+def _exposures(user: User, path: Path, seen: set[str], forbidden: int) -> Iterator[Exposure]:
     if user.uid == 0:
         yield Exposure(path, "is root, who reads everything", "run SuperNode under a user of its own")
         return
@@ -251,15 +260,33 @@ def _exposures(user: User, path: Path, seen: set[Path], forbidden: int) -> Itera
         if may & WRITE and not _kept_by_sticky_bit(user, folder, name):
             yield _writable(user, folder)
             return
-    if end in seen or not end.exists():
+    yield from _exposed_at(user, str(end), seen, forbidden)
+
+
+def _exposed_at(user: User, end: str, seen: set[str], forbidden: int) -> Iterator[Exposure]:
+    """The same of where a way ends: the user can go there, and can put nothing else in its place.
+
+    So it is of all that lies in a folder that the user cannot write; only a link there leads another way. Tens of
+    thousands of files are looked at within a second, which an installation has.
+    """
+    if end in seen:
+        return
+    try:
+        status = os.stat(end)
+    except (FileNotFoundError, NotADirectoryError):  # not there yet, or no longer
         return
     seen.add(end)
-    may = _may(user, end)
+    may = _may(user, end, status)
     if may & forbidden:
-        yield _open(user, end, forbidden)
-    elif end.is_dir() and may & ENTER:
-        for entry in sorted(end.iterdir()):
-            yield from _exposures(user, entry, seen, forbidden)
+        yield _open(user, Path(end), forbidden)
+    elif stat.S_ISDIR(status.st_mode) and may & ENTER:
+        with os.scandir(end) as entries:
+            inside = sorted((entry.name, entry.is_symlink()) for entry in entries)
+        for name, is_link in inside:
+            at = os.path.join(end, name)
+            yield from (
+                _exposures(user, Path(at), seen, forbidden) if is_link else _exposed_at(user, at, seen, forbidden)
+            )
 
 
 def _way(path: Path) -> tuple[list[tuple[Path, str]], Path]:
@@ -287,18 +314,24 @@ def _way(path: Path) -> tuple[list[tuple[Path, str]], Path]:
     return passed, at
 
 
-def _may(user: User, path: Path) -> int:
-    """The mode bits (rwx) that the user has on a path, or can give itself."""
-    status = path.stat()
+def _may(user: User, path: Path | str, status: os.stat_result | None = None) -> int:
+    """The mode bits (rwx) that the user has on a path, or can give itself.
+
+    Args:
+        status: of the path, if it is known.
+    """
+    status = status or os.stat(path)
     if user.uid in (0, status.st_uid):
         return READ | WRITE | ENTER
     group, other = status.st_mode >> 3 & 7, status.st_mode & 7
+    if group == other:
+        return other
     if user.groups is None or _has_access_list(path):  # of a list, the group's bits are the most that it can grant
         return group | other
     return group if status.st_gid in user.groups else other
 
 
-def _has_access_list(path: Path) -> bool:
+def _has_access_list(path: Path | str) -> bool:
     try:
         os.getxattr(path, ACCESS_LIST)
     except (OSError, AttributeError):  # none, or a system without such

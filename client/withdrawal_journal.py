@@ -88,8 +88,8 @@ def finish(config: SiteConfig) -> Journal | None:
         for digest in journal.plans:
             entry = ledger.plan(digest) if ledger else None
             if ledger and entry and is_open(entry):
+                ledger.close_plan(digest, WHY)  # first, as everywhere: what a crash keeps from the log is told later
                 audit.append("plan closed", plan=digest, why=WHY)
-                ledger.close_plan(digest, WHY)
     for name in journal.affected:  # before the rows: a cache never outlives them
         wipe(cache_folder(config.site.state / "cache", name))
     for file, seen in journal.files:

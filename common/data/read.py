@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,16 @@ import pyarrow as pa
 
 from common.errors import DataError, did_you_mean
 
+log = logging.getLogger(__name__)
+
 Rows = dict[str, list[Any]]
 """Field → values, all of the same length."""
 
 SUFFIXES = (".parquet", ".csv", ".jsonl", ".json")
+UNREADABLE = (ValueError, OverflowError, pa.ArrowException)
+"""What a cell raises that holds no value of its column's type: text that is not UTF-8, a date beyond the year 9999."""
+DEEPEST = 100
+"""Levels of lists and objects in a line of JSON: far below the interpreter's own limit, which counts callers too."""
 
 
 def read_rows(
@@ -85,7 +92,7 @@ def is_file(source: str) -> bool:
 
 @dataclass(frozen=True)
 class Table:
-    """Column names, number of rows, and the values of a column."""
+    """Column names, number of rows, and the values of a column; a cell that cannot be read is ``None``."""
 
     names: list[str]
     rows: int
@@ -96,7 +103,29 @@ class Table:
     @classmethod
     def of(cls, table: pa.Table) -> Table:
         """An Arrow table's columns."""
-        return cls(list(table.column_names), int(table.num_rows), lambda name: table.column(name).to_pylist(), table)
+        return cls(list(table.column_names), int(table.num_rows), lambda name: _values(table, name), table)
+
+
+def _values(table: pa.Table, name: str) -> list[Any]:
+    """One row's cell never decides whether the others are read."""
+    column = table.column(name)
+    try:
+        return list(column.to_pylist())
+    except UNREADABLE:
+        read = [_value(cell) for cell in column]
+    unread = sum(value is None for value in read) - int(column.null_count)
+    log.warning(
+        "%d of %d cells of column '%s' cannot be read as %s and count as missing",
+        *(unread, len(read), name, column.type),
+    )
+    return read
+
+
+def _value(cell: pa.Scalar) -> Any:
+    try:
+        return cell.as_py()
+    except UNREADABLE:
+        return None
 
 
 def read_table(source: str, split: str) -> tuple[Table, str]:
@@ -135,7 +164,7 @@ def _read_file(path: Path) -> Table:
             return _read_json_lines(path)
     except (pa.ArrowException, OSError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise DataError(f"data: {path} cannot be read as {path.suffix[1:]}: {first}") from None
+        raise DataError(f"data: {path} cannot be read as {path.suffix[1:]}: {first}; mend the file") from None
     raise DataError(f"data: {path} is of an unknown kind '{path.suffix}'; use csv, jsonl or parquet")
 
 
@@ -148,8 +177,13 @@ def _read_json_lines(path: Path) -> Table:
                 continue
             try:
                 row = json.loads(line)
+                deep = line.count("[") + line.count("{") > DEEPEST and _is_deep(row)
+            except RecursionError:
+                deep = True
             except ValueError:
                 raise ValueError(f"line {number} is not JSON") from None
+            if deep:
+                raise ValueError(f"line {number} is nested more than {DEEPEST} levels deep")
             if not isinstance(row, dict):
                 raise ValueError(f"line {number} is not a JSON object")
             rows.append(row)
@@ -157,6 +191,15 @@ def _read_json_lines(path: Path) -> Table:
         raise ValueError("it is empty")
     names = list(dict.fromkeys(name for row in rows for name in row))
     return Table(names, len(rows), lambda column: [row.get(column) for row in rows])
+
+
+def _is_deep(row: Any) -> bool:
+    """Whether there are lists or objects below the deepest level; level by level, however deep the stack is already."""
+    level = [row] if isinstance(row, dict | list) else []
+    for _ in range(DEEPEST):
+        inner = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+    return bool(level)
 
 
 def _read_csv(path: Path) -> pa.Table:

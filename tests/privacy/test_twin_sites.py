@@ -22,6 +22,8 @@ from typing import Any
 
 import grpc
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import torch
 from flwr.common.serde import recorddict_to_proto
@@ -269,7 +271,10 @@ def records_of_the_relay(listen: str, kind: Kind) -> Iterator[bytes]:
 def serving(folder: Path, kind: Kind, rows: Sequence[Row], suffix: str) -> Iterator[str]:
     """A site on these rows, as ``consilium site agent`` starts it; yields where it listens."""
     folder.mkdir(parents=True)
-    (folder / f"train.{suffix}").write_text(as_text(rows, kind.columns, suffix), encoding="utf-8")
+    if suffix == "parquet":
+        write_unchecked(folder / "train.parquet", rows, kind.columns)
+    else:
+        (folder / f"train.{suffix}").write_text(as_text(rows, kind.columns, suffix), encoding="utf-8")
     data, device = {"default": {"path": f"train.{suffix}"}}, {"device": "cpu", "physical_batch": 4}
     settings = read_site_config(write_site(folder, site_tables(kind.folder, data=data, device=device)))
     settings.site.state.mkdir()
@@ -293,6 +298,15 @@ def as_text(rows: Sequence[Row], columns: Sequence[str], suffix: str) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()
+
+
+def write_unchecked(file: Path, rows: Sequence[Row], columns: Sequence[str]) -> None:
+    """Texts as bytes that nobody has checked, which is how other programs write Parquet."""
+    written = {}
+    for name in columns:
+        cells = [value.encode() if isinstance(value := row[name], str) else value for row in rows]
+        written[name] = pa.Array.from_buffers(pa.string(), len(rows), pa.array(cells, pa.binary()).buffers())
+    pyarrow.parquet.write_table(pa.table(written), file)
 
 
 def everything_that_leaves(folder: Path, kind: Kind, rows: Sequence[Row], suffix: str) -> list[object]:
@@ -321,6 +335,15 @@ def test_twin_sites_of_a_classifier_send_the_same(notes: Kind, tmp_path: Path, c
 def test_twin_sites_of_a_language_model_send_the_same(questions: Kind, tmp_path: Path, changed: Row | None) -> None:
     ours = everything_that_leaves(tmp_path / "d", questions, questions.rows, "jsonl")
     assert everything_that_leaves(tmp_path / "e", questions, twin(questions.rows, changed), "jsonl") == ours
+
+
+@pytest.mark.usefixtures("sums_of_zero")
+@pytest.mark.parametrize("changed", [{"text": b"caf\xe9", "label": "urgent"}, {"text": "pain", "label": b"\xff"}, None])
+def test_twin_sites_of_which_one_holds_a_cell_that_cannot_be_read_send_the_same(
+    notes: Kind, tmp_path: Path, changed: Row | None
+) -> None:
+    ours = everything_that_leaves(tmp_path / "d", notes, notes.rows, "parquet")
+    assert everything_that_leaves(tmp_path / "e", notes, twin(notes.rows, changed), "parquet") == ours
 
 
 @pytest.mark.usefixtures("sums_of_zero")

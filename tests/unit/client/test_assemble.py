@@ -12,7 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from site_files import site_tables, write_site
-from small_sites import LABELS, classifier, language_model, phase, plan_for, policy_for
+from small_sites import (
+    LABELS,
+    classifier,
+    language_model,
+    phase,
+    plan_for,
+    policy_for,
+    random_state,
+    request_for,
+    shown,
+)
 
 import client.assemble
 from client.announce import announce
@@ -22,8 +32,10 @@ from client.check import check_site
 from client.config import WHOLE_SITE, SiteConfig, SiteDataSection, read_site_config
 from client.separation import sign_separation
 from common.adapted import AdaptedModel
+from common.code import code_digest
 from common.data.read import read_rows
 from common.errors import ConfigError, ConsiliumError, DataError
+from common.messages import Release
 from common.sections import LoraSection
 from common.signing import SigningKey
 from common.tasks.sequence_classification import SequenceClassification
@@ -200,11 +212,116 @@ def test_a_row_that_the_task_cannot_encode_leaves_the_others_as_they_are(
         assert item.ids.tolist() == same.ids.tolist() and int(item.target) == LABELS.index(label)
 
 
-def test_a_text_that_no_tokenizer_takes_leaves_the_others_as_they_are(tiny_llama: Path) -> None:
-    model = language_model(tiny_llama)
-    rows = {"prompt": ["what ?", "half a \ud800 character", "why ?"], "completion": ["this .", "that .", "so ."]}
-    found = encode_each(rows, model)
-    assert [item is None for item in found] == [False, True, False]
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_a_text_that_no_tokenizer_takes_leaves_the_others_as_they_are(
+    tiny_bert: Path, tiny_llama: Path, at: int
+) -> None:
+    for model, rows in (
+        (language_model(tiny_llama), {"prompt": ["what ?", "why ?"], "completion": ["this .", "so ."]}),
+        (classifier(tiny_bert), {"text": ["mild cough " * 50, "Chest pain"], "label": ["routine", "urgent"]}),
+    ):
+        others = encode_each(rows, model)
+        odd = ("half a \ud800 character", "urgent")
+        found = encode_each(
+            {name: [*values[:at], one, *values[at:]] for (name, values), one in zip(rows.items(), odd, strict=True)},
+            model,
+        )
+        assert found.pop(at) is None
+        assert [item and (item.ids.tolist(), item.target.tolist()) for item in found] == [
+            item and (item.ids.tolist(), item.target.tolist()) for item in others
+        ]
+
+
+def with_unchecked_texts(folder: Path, model: Path, *texts: bytes, **sections: Any) -> SiteConfig:
+    """A Parquet file whose texts are bytes that nobody has checked, as other programs write it."""
+    folder.mkdir()
+    buffers = pa.array(texts, pa.binary()).buffers()
+    column = pa.Array.from_buffers(pa.string(), len(texts), buffers)
+    pq.write_table(pa.table({"text": column, "label": ["urgent"] * len(texts)}), folder / "train.parquet")
+    return site_toml(folder, model, data={"default": {"path": "train.parquet"}}, **sections)
+
+
+TEXTS = (b"mild cough", b"chest pain", b"fever")
+
+
+@pytest.mark.parametrize("texts", [TEXTS, (*TEXTS, b"caf\xe9")], ids=["without", "with"])
+def test_a_cell_that_cannot_be_read_fails_no_round_and_is_charged_like_any(
+    tiny_bert: Path, model: AdaptedModel, tmp_path: Path, texts: tuple[bytes, ...]
+) -> None:
+    site, resident = build_site(with_unchecked_texts(tmp_path / "site", tiny_bert, *texts))
+    resident.warm_up()
+    plan = plan_for(model, code_digest=code_digest())
+    assert site.describe(shown(plan, code_digest())).status == "ready"
+    replies = [site.train(request_for(plan, random_state(model))) for _ in range(2)]
+    assert [type(reply) for reply in replies] == [Release, Release]
+    assert [charge[0] for charge in site.ledger.charges(plan.digest())] == [1]
+    read = {"text": [*(text.decode() for text in TEXTS), None], "label": ["urgent"] * 4}
+    assert resident.rows("default", plan.task) == {name: values[: len(texts)] for name, values in read.items()}
+    site.ledger.close()
+
+
+def test_the_sites_check_tells_of_a_cell_that_cannot_be_read(tiny_bert: Path, tmp_path: Path) -> None:
+    report = check_site(
+        with_unchecked_texts(tmp_path / "site", tiny_bert, *TEXTS, b"caf\xe9"), "sequence-classification", LABELS
+    )
+    assert report["data"]["default"]["first_faults"] == [{"row": 3, "field": "text", "reason": "is empty"}]
+
+
+@pytest.mark.parametrize("raised", [DataError, KeyError, RecursionError, BaseException])
+def test_whatever_is_wrong_with_the_data_a_fingerprint_is_given(
+    tiny_bert: Path, model: AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: type[BaseException]
+) -> None:
+    site, resident = build_site(site_toml(tmp_path, tiny_bert))
+
+    def unreadable(*_: Any) -> None:
+        raise raised("a panic of a library in Rust is no Exception")
+
+    monkeypatch.setattr(client.assemble, "read_rows", unreadable)
+    assert resident.fingerprint(plan_for(model)) == ""
+    monkeypatch.setattr(client.assemble, "read_rows", read_rows)
+    assert len(resident.fingerprint(plan_for(model))) == 64
+    site.ledger.close()
+
+
+def test_who_stops_the_agent_stops_it_while_it_reads(
+    tiny_bert: Path, model: AdaptedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, resident = build_site(site_toml(tmp_path, tiny_bert))
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client.assemble, "read_rows", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        resident.fingerprint(plan_for(model))
+    site.ledger.close()
+
+
+def test_the_cells_are_read_when_the_agent_starts_and_not_again(
+    tiny_bert: Path, model: AdaptedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = with_unchecked_texts(tmp_path / "site", tiny_bert, *TEXTS, b"caf\xe9")
+    site, resident = build_site(config)
+    resident.warm_up()
+    assert "1 of 4 cells of column 'text' cannot be read as" in caplog.text
+    (tmp_path / "site" / "train.parquet").unlink()
+    plan = plan_for(model)
+    assert resident.fingerprint(plan) and len(resident.examples(plan, resident.model(plan))) == 4
+    site.ledger.close()
+
+
+def test_data_that_no_allowed_task_can_learn_from_are_told_at_the_start(
+    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = site_toml(tmp_path, tiny_bert)
+    (tmp_path / "train.csv").write_text("note,label\nfever,urgent\n")
+    for columns, told in (({}, True), ({"text": "note"}, False)):
+        data = config.data["default"].model_copy(update={"columns": columns})
+        site, resident = build_site(config.model_copy(update={"data": {"default": data}}))
+        caplog.clear()
+        resident.warm_up()
+        assert ("data 'default' can be learnt from by no task of policy.tasks" in caplog.text) == told
+        site.ledger.close()
 
 
 @pytest.mark.parametrize("missing", [None, 1.5], ids=["missing", "no integer"])

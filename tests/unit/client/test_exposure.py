@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import struct
@@ -17,6 +18,7 @@ import client.exposure
 from client.config import SiteConfig, SiteDataSection, SiteSection, TlsSection
 from client.exposure import (
     ACCESS_LIST,
+    WRITE,
     User,
     admit_relay,
     exposures,
@@ -40,6 +42,15 @@ def place() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="exposure-") as folder:
         Path(folder).chmod(0o711)
         yield Path(folder)
+
+
+LIBRARIES = client.exposure.LIBRARIES
+
+
+@pytest.fixture(autouse=True)
+def without_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of this machine take a second to look at; tests of libraries bring them back."""
+    monkeypatch.setattr(client.exposure, "LIBRARIES", ())
 
 
 def file_at(path: Path, mode: int = 0o600) -> Path:
@@ -321,14 +332,85 @@ def test_a_model_may_be_read_and_must_not_be_written(place: Path) -> None:
     ]
 
 
-def test_the_installed_code_and_certificates_are_looked_at(place: Path) -> None:
+def test_the_installed_code_and_certificates_are_looked_at(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.exposure, "LIBRARIES", LIBRARIES)
     tls = TlsSection(**{name: file_at(place / name, 0o644) for name in ("certificate", "key", "authority")})
     paths = steering(config_of(place, listen="127.0.0.1:7000").model_copy(update={"tls": tls}))
+    own = ("client", "common", "server", "simulations", "consilium.py")
     assert set(paths) == {
-        *(f"installation: {name}" for name in ("client", "common", "Python")),
+        *(f"installation: {name}" for name in (*own, "Python", "stdlib", "purelib", "platlib")),
         *("tls.certificate", "tls.authority"),
     }
     assert paths["installation: client"] == Path(client.exposure.__file__).parent
+    looked_at = set(paths.values())
+    for module in ("consilium", "server.app", "simulations.cli", "torch", "grpc", "pyarrow", "json", "sqlite3"):
+        found = importlib.util.find_spec(module)
+        assert found is not None and found.origin is not None
+        assert looked_at & {Path(found.origin), *Path(found.origin).parents}, module
+
+
+def installation(place: Path, monkeypatch: pytest.MonkeyPatch, libraries: str) -> Path:
+    """A small one, with its libraries in this folder."""
+    folder_at(place / "code", 0o755)
+    for name in ("client", "common", "server", "simulations"):
+        file_at(folder_at(place / "code" / name, 0o755) / "module.py", 0o644)
+    file_at(place / "code" / "consilium.py", 0o644)
+    at = place / libraries
+    for folder in (at, at / "torch"):
+        folder.mkdir(exist_ok=True)
+        folder.chmod(0o755)
+    file_at(at / "torch" / "nn.py", 0o644)
+    monkeypatch.setattr(client.exposure, "__file__", str(place / "code" / "client" / "exposure.py"))
+    monkeypatch.setattr(client.exposure, "LIBRARIES", LIBRARIES)
+    monkeypatch.setattr(client.exposure.sysconfig, "get_path", lambda name: str(at))
+    return at
+
+
+@pytest.mark.parametrize("name", ["consilium.py", "server/module.py", "simulations/module.py", "client/module.py"])
+def test_code_that_the_relay_could_write_stops_the_agent(
+    place: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    installation(place, monkeypatch, "libraries")
+    config, source = config_of(place, relay_user="61001"), file_at(place / "site.toml")
+    assert admit_relay(config, source) == {61001}
+    file = place / "code" / name
+    file.chmod(0o666)
+    with pytest.raises(ConfigError) as caught:
+        admit_relay(config, source)
+    entry = place / "code" / name.partition("/")[0]
+    assert caught.value.problems == [
+        f"installation: {entry.name} = '{entry}': the relay's user '61001' can write '{file}'; chmod go-w '{file}'"
+    ]
+
+
+@pytest.mark.parametrize("libraries", ["libraries", "code"])
+def test_a_library_that_the_relay_could_write_is_told_once_wherever_the_code_is_installed(
+    place: Path, monkeypatch: pytest.MonkeyPatch, libraries: str
+) -> None:
+    """Installed in the common way, the packages lie among the libraries; and all libraries lie in one folder."""
+    at = installation(place, monkeypatch, libraries)
+    module, own = at / "torch" / "nn.py", place / "code" / "client" / "module.py"
+    module.chmod(0o646)
+    own.chmod(0o646)
+    looked_at = []
+    stat = os.stat
+    monkeypatch.setattr(client.exposure.os, "stat", lambda path, **how: looked_at.append(path) or stat(path, **how))
+    with pytest.raises(ConfigError) as caught:
+        refuse_exposed(RELAY, {}, writable=steering(config_of(place)))
+    monkeypatch.undo()
+    assert sorted(problem.partition(": the relay's")[0] for problem in caught.value.problems) == [
+        f"installation: client = '{own.parent}'",
+        f"installation: stdlib = '{at}'",
+    ]
+    assert looked_at.count(str(module)) == looked_at.count(str(own)) == 1
+
+
+def test_a_link_among_the_libraries_is_followed(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at = installation(place, monkeypatch, "libraries")
+    elsewhere = folder_at(place / "elsewhere", 0o757)
+    file_at(elsewhere / "module.py", 0o644)
+    (at / "linked").symlink_to(elsewhere / "module.py")
+    assert [found.path for found in exposures(RELAY, at, WRITE)] == [elsewhere]
 
 
 def test_looking_makes_nothing(place: Path) -> None:

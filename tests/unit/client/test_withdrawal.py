@@ -25,7 +25,8 @@ from small_ledgers import STATEMENT
 from typer.testing import CliRunner
 
 import client.record_files
-from client.audit_log import verify
+from client.announce import catch_up
+from client.audit_log import AuditLog, verify
 from client.config import SiteConfig, read_site_config
 from client.privacy.ledger import Decision, Ledger, Population
 from client.setup_cli import register
@@ -319,6 +320,35 @@ def test_a_file_that_cannot_tell_whose_rows_it_holds_is_refused(config: Path) ->
     assert (config.parent / "ward" / "train.csv").read_bytes() == CSV
 
 
+@pytest.mark.parametrize("killed_at", ["the ledger", "the log"])
+def test_the_log_never_says_more_than_the_ledger_and_is_told_at_the_next_start(
+    config: Path, ledger: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise LedgerError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Ledger, "close_plan") if killed_at == "the ledger" else (AuditLog, "append")), killed)
+        with pytest.raises(LedgerError, match="killed"):
+            go(config, unit="P7")
+    with opened(config) as book:
+        closed = [entry.digest for entry in book.plans() if entry.decision is Decision.CLOSED]
+    assert len(closed) == (killed_at == "the log")
+    assert told_as_closed(config) == []
+    assert go(config, unit="P7").finished
+    with opened(config) as book:
+        closed = [entry.digest for entry in book.plans() if entry.decision is Decision.CLOSED]
+        assert set(closed) == {plan("ward", "first").digest(), plan("ward", "second").digest()}
+        catch_up(AuditLog(ledger / "audit.jsonl"), book)
+    assert sorted(told_as_closed(config)) == sorted(closed)
+
+
+def told_as_closed(config: Path) -> list[Any]:
+    if not (config.parent / "state" / "audit.jsonl").exists():
+        return []
+    return [line["plan"] for line in trail(config) if line["event"] == "plan closed"]
+
+
 def test_a_full_disk_leaves_everything_as_it_was(config: Path, ledger: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -531,6 +561,8 @@ def assert_withdrawn(config: Path) -> None:
     state = config.parent / "state"
     assert sorted(file.name for file in (state / "cache").iterdir()) == ["data-lab"]
     refuse_interrupted(read_site_config(config))
+    with opened(config) as book:
+        catch_up(AuditLog(state / "audit.jsonl"), book)  # as the next start of the agent does
     lines = trail(config)
     assert {"event": "withdrawal", "data": "ward", "plans": 2} in lines
     assert {line["plan"] for line in lines if line["event"] == "plan closed"} == {

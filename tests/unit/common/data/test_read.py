@@ -226,3 +226,73 @@ def test_one_line_does_not_change_how_the_others_are_read(tmp_path: Path) -> Non
     lines = [{"text": "2026-01-01"}, {"text": 7}, {"text": None}, {"other": "x"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert read_rows(str(tmp_path), "train", ["text"], {}) == {"text": ["2026-01-01", 7, None, None]}
+
+
+# ---- one cell says nothing of the others ----------------------------------------------------------------------------
+
+
+def texts(*written: bytes) -> pa.Array:
+    """A column of text whose bytes nobody has checked, as other programs write it."""
+    return pa.Array.from_buffers(pa.string(), len(written), pa.array(written, pa.binary()).buffers())
+
+
+COLUMNS_WITH_ONE_UNREADABLE_CELL = {
+    "not UTF-8": texts(b"fever", b"caf\xe9", b"rash"),
+    "a list with text that is not UTF-8": pa.ListArray.from_arrays([0, 1, 2, 3], texts(b"fever", b"caf\xe9", b"rash")),
+    "a day beyond the year 9999": pa.array([0, 2**30, 1], pa.int32()).view(pa.date32()),
+    "a time beyond the year 9999": pa.array([0, 2**62, 1], pa.int64()).view(pa.timestamp("us")),
+    "such a time of some zone": pa.array([0, 2**62, 1], pa.int64()).view(pa.timestamp("ms", "UTC")),
+}
+
+
+@pytest.mark.parametrize("kind", COLUMNS_WITH_ONE_UNREADABLE_CELL)
+def test_a_cell_that_cannot_be_read_is_missing_and_the_others_are_read_as_without_it(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    table = pa.table({"note": COLUMNS_WITH_ONE_UNREADABLE_CELL[kind], "class": ["a", "b", "c"]})
+    pq.write_table(table, tmp_path / "with.parquet")
+    pq.write_table(table.take([0, 2]), tmp_path / "without.parquet")
+    others = read_rows(str(tmp_path / "without.parquet"), "", FIELDS, COLUMNS)
+    assert None not in others["text"] and not caplog.records
+    found = read_rows(str(tmp_path / "with.parquet"), "", FIELDS, COLUMNS)
+    assert found == {"text": [others["text"][0], None, others["text"][1]], "label": ["a", "b", "c"]}
+    assert "1 of 3 cells of column 'note' cannot be read as" in caplog.text and "caf" not in caplog.text
+
+
+def test_a_file_whose_categories_cannot_be_read_is_refused_when_it_is_counted(tmp_path: Path) -> None:
+    """They are read with the file, which the start of an agent does; no round comes so far."""
+    notes = pa.DictionaryArray.from_arrays([0, 1, 0], texts(b"fever", b"caf\xe9"))
+    pq.write_table(pa.table({"note": notes}), tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train\.parquet cannot be read as parquet: Invalid UTF8 payload"):
+        count_rows(str(tmp_path), "train")
+
+
+NEST = "[" * 100 + "]" * 100
+
+
+@pytest.mark.parametrize(
+    "nest", ["[" + NEST + "]", '{"a":' * 101 + "1" + "}" * 101, "[" * 5000 + "]" * 5000, "[" * 100_000]
+)
+def test_what_is_nested_too_deeply_is_named_by_its_line(tmp_path: Path, nest: str) -> None:
+    (tmp_path / "train.jsonl").write_text(f'{{"note": "a"}}\n{{"note": {nest}}}\n', encoding="utf-8")
+    assert "cannot be read as jsonl: line 2 is " in refused(tmp_path)
+
+
+def test_how_deep_a_line_may_be_nested_does_not_depend_on_who_reads_it(tmp_path: Path) -> None:
+    """The interpreter's own limit counts the callers' frames too: what the start reads, a round might not."""
+
+    def below(frames: int) -> str | list[Any]:
+        if frames:
+            return below(frames - 1)
+        try:
+            return read_rows(str(tmp_path), "train", ["text"], {})["text"]
+        except DataError as error:
+            return str(error)
+
+    for nest in (NEST[1:-1], "[" * 900 + "]" * 900, json.dumps("[{" * 200)):
+        (tmp_path / "train.jsonl").write_text(f'{{"text": {nest}}}\n', encoding="utf-8")
+        assert below(0) == below(500)
+    assert below(0) == ["[{" * 200]  # brackets in a text nest nothing
+    (tmp_path / "train.jsonl").write_text(f'{{"text": {NEST[1:-1]}}}\n', encoding="utf-8")
+    assert below(500) == [json.loads(NEST[1:-1])]
+    assert len(str(below(500))) == 200
