@@ -66,7 +66,7 @@ EXAMPLES: Mapping[str, Mapping[str, Any]] = {
     "tls": {"certificate": "site.pem", "key": "site.key", "authority": "relay-ca.pem"},
     "separation": {"statement": "separation.json", "key": "ed25519:..."},
     "data.default": {"columns": {"text": "note", "label": "diagnosis"}, "privacy_unit": "patient_id"},
-    "device": {"threads": 8},
+    "device": {"physical_batch": 16, "threads": 8},
     "testing": {"noise": "fast", "seed": 0},
 }
 """What stands in a line that is needed in some cases only."""
