@@ -9,9 +9,9 @@ to pair; the ratio is taken within the pair. ``difference`` is the largest devia
 share of the update's largest entry. Cells are merged into results/sites_per_pass.json, so it can be run in parts.
 
 On the CPU, in seconds of one core: MiniLM, rank 8, rows of medquad_qtype dealt out to 16 sites of 60 rows (the head's
-and the cached prefix's features of them all are computed before), both in physical batches of 8 rows. ``head``
-trains on pooled features, ``top`` adapts the top 2 of 6 layers from the cached frozen prefix on, ``all`` adapts all
-layers from the token ids on.
+and the cached prefix's features of them all are computed before), both in the physical batches that a simulation has by
+default. ``head`` trains on pooled features, ``top`` adapts the top 2 of 6 layers from the cached frozen prefix on,
+``all`` adapts all layers from the token ids on.
 
 With ``--model-config``: a decoder of random weights in bf16, of whatever size the config of transformers says, on texts
 of random tokens; one after the other in physical batches of the expected batch rounded up to a multiple of 8, together
@@ -268,7 +268,9 @@ def main() -> None:
     for cell in (one for one in cells if fnmatch(one.name, arguments.cells)):
         rounds = (arguments.pairs + 1) * len(TOGETHER[device])
         if device == "cpu":
-            given, rows = classifiers(arguments.data, cell, rounds), (8, 8)
+            given = classifiers(arguments.data, cell, rounds)
+            usual = given.model.base.placement.physical_batch(given.model.task.settings.max_length)
+            rows = (usual, usual)
         else:
             given = decoders(arguments.model_config, cell, rounds, arguments.length)
             rows = (-(-cell.batch // 8) * 8, arguments.rows)
