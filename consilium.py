@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import suppress
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -70,7 +71,8 @@ def main() -> None:
     """Entry point of ``consilium``."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without Greek shows "?" for ε
+            with suppress(OSError):  # a pipe that is open for reading too cannot be set up anew
+                stream.reconfigure(errors="replace")  # a terminal without Greek shows "?" for ε
     try:
         code = _run()
         sys.stdout.flush()
