@@ -251,7 +251,7 @@ def written(cells: Cells) -> Iterator[str]:
     for format in ("bf16", "int8"):
         if ran := cells.of(stage="wire", format=format):
             both = [ran if epsilon == ran[0]["epsilon"] else [] for epsilon in EPSILONS]
-            yield f"| federated, ffa, {format} both ways (seed 0) | {' | '.join(map(_mean, both))} |"
+            yield f"| the default recipe, {format} both ways (seed 0) | {' | '.join(map(_mean, both))} |"
     for rows in ROWS:
         for asked in (False, True):
             of = [cells.of(stage="refined", rows=rows, refined=asked, epsilon=epsilon) for epsilon in EPSILONS]
